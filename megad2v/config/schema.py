@@ -1,0 +1,281 @@
+"""The whole configuration of a run: a tree of frozen dataclasses.
+
+Field docstrings are what ``--help`` prints, so they say what a key does, its unit, and where its default comes from.
+Values come from here, then from recipes and YAML files (``--config``), then from the command line (``--a.b value``).
+Sources: "spec" is docs/recipes.md; "fairseq" the released fairseq configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Norm = Literal["none", "layer", "instance"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The Transformer encoder that student and teacher share in shape, and the regression head of the student."""
+
+    width: int = 192
+    """Channels D of every token."""
+    depth: int = 6
+    """Number of Transformer blocks."""
+    heads: int = 3
+    """Attention heads; must divide width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward network over width."""
+    norm: Literal["pre", "post"] = "pre"
+    """Layer norm before each residual branch (vision) or after each residual sum (speech, text)."""
+    norm_eps: float = 1e-5
+    """Epsilon of the affine layer norms (fairseq 1e-5; BEiT fork and data2vec 2.0 vision 1e-6)."""
+    layer_scale: float | None = 1e-4
+    """Initial value of the per-channel scale on each residual branch; null leaves it out."""
+    qkv_bias: Literal["full", "no_key", "none"] = "no_key"
+    """Biases of query, key and value; no_key (BEiT, data2vec vision) has none on the key."""
+    relative_bias: bool = True
+    """One table of relative position biases, shared by all blocks (data2vec vision)."""
+    head_layers: int = 0
+    """Layers of the regression head: 0 none (fairseq vision), 1 Linear D-D, 2 Linear D-2D, GELU, Linear 2D-D (text)."""
+    dropout: float = 0.0
+    """Dropout on embeddings and residual branches."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block; earlier blocks ramp up to it linearly. Drawn per sample."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The image front end: patches, CLS token, mask token."""
+
+    image_size: int = 64
+    """Side of the square input in pixels; must be a multiple of patch_size."""
+    patch_size: int = 8
+    """Side of a square patch in pixels."""
+    channels: int = 3
+    """Colour channels."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per-channel mean taken off pixels in [0, 1], on the device."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per-channel standard deviation that pixels are divided by."""
+    token_init_mean: float = 0.02
+    """Mean of the truncated normal that CLS and mask token start from (fairseq passes 0.02 as the MEAN)."""
+    token_init_std: float = 1.0
+    """Its standard deviation (fairseq 1.0, which gives 0.88 after truncation at +-2; BEiT fork 0.02)."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Image augmentation: the same view goes to teacher and student."""
+
+    crop_scale_min: float = 0.08
+    """Smallest area of the random resized crop over the image's area."""
+    crop_scale_max: float = 1.0
+    """Largest area of the random resized crop over the image's area."""
+    flip: bool = True
+    """Horizontal flip with probability one half."""
+    jitter: float = 0.4
+    """Strength of brightness, contrast and saturation jitter; 0 switches it off."""
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Which positions are hidden from the student. For images: blocks of patches (BEiT's generator)."""
+
+    ratio: float = 0.5
+    """Hidden fraction of the positions. For images an upper bound: round(ratio x patches) is the generator's budget.
+    0 hides nothing, so nothing is learned: a control."""
+    min_block: int = 4
+    """Smallest block in patches (BEiT and fairseq: 16 of 196)."""
+    max_block: int | None = None
+    """Largest block in patches; null: no limit."""
+    min_aspect: float = 0.3
+    """Smallest aspect ratio of a block; the largest is its inverse; log-uniform between."""
+
+
+@dataclass(frozen=True)
+class TargetsConfig:
+    """What the teacher's layers become before the student regresses it."""
+
+    layers: int = 3
+    """K: how many of the teacher's last blocks are averaged."""
+    tensor: Literal["ffn", "block"] = "block"
+    """Which tensor of a block: the feed-forward output before the residual sum, or the block's output."""
+    layer_norm: Norm = "none"
+    """Normalisation of each layer before averaging: layer (over channels) or instance (over time)."""
+    average_norm: Norm = "layer"
+    """Normalisation of the average."""
+    shuffle: bool = False
+    """Control experiment: permute targets over the masked positions of the micro-batch, so nothing can be learned."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Regression loss, summed over masked positions and channels, divided by the step's global count of positions."""
+
+    kind: Literal["mse", "smooth_l1"] = "smooth_l1"
+    """Squared error, or smooth L1."""
+    beta: float = 2.0
+    """Where smooth L1 turns from quadratic to linear."""
+    scale: Literal["rsqrt_width", "mean", "sum"] = "rsqrt_width"
+    """Factor on the sum over channels: 1/sqrt(D) (fairseq), 1/D (BEiT fork: a plain mean), or 1."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The exponential moving average of the student."""
+
+    scope: Literal["encoder", "model"] = "encoder"
+    """encoder: the front end is the student's own (fairseq); model: front end and tokens are averaged too (BEiT fork)."""
+    decay_start: float = 0.999
+    """Decay after the first update."""
+    decay_end: float = 0.9998
+    """Decay from decay_steps on."""
+    decay_steps: int | None = None
+    """Updates over which the decay rises linearly; null: train.steps."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, with one learning rate for all parameters."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the bias-corrected second moment."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay."""
+    decay_all: bool = True
+    """Decay norms, biases and tokens too, as every released data2vec run does; false: matrices only."""
+    clip: float = 3.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over updates."""
+
+    kind: Literal["cosine", "tri_stage", "constant"] = "cosine"
+    """Shape after warm-up."""
+    warmup_steps: int = 0
+    """Updates of linear warm-up."""
+    start_lr: float = 0.0
+    """Learning rate before the first update (cosine, constant)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    hold_fraction: float = 0.9
+    """tri_stage: fraction of train.steps at the peak, after warm-up."""
+    final_scale: float = 0.01
+    """tri_stage: first and last learning rate over the peak."""
+
+
+@dataclass(frozen=True)
+class MicroBatchConfig:
+    """Budget of one micro-batch: give exactly one."""
+
+    samples: int | None = None
+    """Images (or sequences) in a micro-batch."""
+    tokens: int | None = None
+    """Text tokens in a micro-batch."""
+    seconds: float | None = None
+    """Seconds of audio in a micro-batch."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they are batched."""
+
+    shards: str | dict[str, str] | None = None
+    """Training shards: a path, folder, glob or brace pattern of WebDataset tars, or a map modality: pattern."""
+    valid: str | dict[str, str] | None = None
+    """Held-out shards for validation, same forms; null: no validation."""
+    micro_batch: MicroBatchConfig = field(default_factory=lambda: MicroBatchConfig(samples=16))
+    """Budget of one micro-batch."""
+    workers: int = 1
+    """Decoding processes per rank; 0 decodes in the training process."""
+    window: int = 8
+    """Shards that are shuffled together: larger mixes better, smaller reads more sequentially."""
+    trace: bool = False
+    """Write trace/rank*.jsonl: sample ids, crop and mask hashes of every micro-batch as consumed."""
+    max_bad_fraction: float = 0.001
+    """The run stops when more than this fraction of the samples seen could not be decoded (after the first 1,000)."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases; logged to when a project is named and the package is installed."""
+
+    project: str | None = None
+    """Project; null switches W&B off."""
+    entity: str | None = None
+    """User or team."""
+    name: str | None = None
+    """Name of the run; null: the output directory's."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes to disk for a later `wandb sync`."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run itself."""
+
+    steps: int = 1000
+    """Optimizer updates in all."""
+    micro_batches_per_step: int = 2
+    """M: micro-batches of one update over all data-parallel ranks. The data-parallel size must divide it;
+    DeepSpeed's gradient accumulation is M / data-parallel size, so the result does not depend on the number of ranks."""
+    output_dir: str = "runs/default"
+    """Run directory."""
+    seed: int = 1
+    """Seed of initialisation, order, masks, augmentation and dropout."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on GPUs that have it, else fp32. fp16 is refused."""
+    save_every: int = 500
+    """Updates between checkpoints; one is always written at the end. 0: only then."""
+    keep_last: int = 3
+    """Checkpoints kept; older ones are deleted after a new one is complete. 0 keeps all."""
+    log_every: int = 10
+    """Updates between metric lines."""
+    eval_every: int = 0
+    """Updates between validations (data.valid); one is always run at the end. 0: only then."""
+    resume: str = "auto"
+    """auto: from the newest valid checkpoint in output_dir; never: refuse a directory that has any; or a checkpoint's path."""
+    init: str | None = None
+    """Checkpoint whose student and teacher weights start a new schedule (step 0, fresh optimizer)."""
+    tensorboard: bool = True
+    """Write tensorboard/ in the run directory (where the tensorboard package is installed)."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How layers are split over ranks."""
+
+    tensor: int = 1
+    """Tensor-parallel size. Only 1 for now."""
+    sequence: bool = False
+    """Megatron sequence parallelism of norms and dropouts. Not yet."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """megad2v: data2vec pretraining."""
+
+    modality: Literal["vision"] = "vision"
+    """What is learned from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

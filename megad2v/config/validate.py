@@ -1,0 +1,98 @@
+"""What must hold between keys. Each broken rule is one line that names the key and what would be right."""
+
+from __future__ import annotations
+
+from megad2v.config.schema import Config
+from megad2v.errors import UserError
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for the first contradiction inside the configuration."""
+    for problem in (*_model(config), *_objective(config), *_run(config)):
+        raise UserError(problem)
+
+
+def _model(config: Config) -> list[str]:
+    model, vision, problems = config.model, config.vision, []
+    if min(model.width, model.depth, model.heads) < 1:
+        problems.append("model.width, model.depth and model.heads must be at least 1")
+    elif model.width % model.heads:
+        problems.append(f"model.heads: {model.heads} does not divide model.width {model.width}")
+    if model.head_layers not in (0, 1, 2):
+        problems.append(f"model.head_layers: expected 0, 1 or 2, got {model.head_layers}")
+    for key in ("dropout", "attention_dropout", "drop_path"):
+        if not 0 <= getattr(model, key) < 1:
+            problems.append(f"model.{key}: expected a probability in [0, 1), got {getattr(model, key)}")
+    if vision.patch_size < 1 or vision.image_size < 1 or vision.image_size % vision.patch_size:
+        problems.append(
+            f"vision.image_size: {vision.image_size} is not a multiple of vision.patch_size {vision.patch_size}"
+        )
+    if vision.channels != 3:
+        problems.append(f"vision.channels: images are decoded to RGB, so 3, got {vision.channels}")
+    return problems
+
+
+def _objective(config: Config) -> list[str]:
+    problems = []
+    if not 1 <= config.targets.layers <= config.model.depth:
+        problems.append(
+            f"targets.layers: expected 1 to model.depth ({config.model.depth}), got {config.targets.layers}"
+        )
+    if not 0 <= config.mask.ratio < 1:
+        problems.append(f"mask.ratio: expected a fraction in [0, 1), got {config.mask.ratio}")
+    if config.mask.min_block < 1:
+        problems.append(f"mask.min_block: expected at least 1 patch, got {config.mask.min_block}")
+    if not 0 < config.mask.min_aspect <= 1:
+        problems.append(f"mask.min_aspect: expected a ratio in (0, 1], got {config.mask.min_aspect}")
+    if config.loss.kind == "smooth_l1" and config.loss.beta <= 0:
+        problems.append(f"loss.beta: smooth_l1 needs a beta above 0, got {config.loss.beta} (use loss.kind mse)")
+    for key in ("decay_start", "decay_end"):
+        value = getattr(config.teacher, key)
+        if not 0 <= value <= 1:
+            problems.append(f"teacher.{key}: expected a decay in [0, 1], got {value}")
+    augment = config.augment
+    if not 0 < augment.crop_scale_min <= augment.crop_scale_max <= 1:
+        problems.append(
+            "augment.crop_scale_min and crop_scale_max: expected 0 < min <= max <= 1, "
+            f"got {augment.crop_scale_min} and {augment.crop_scale_max}"
+        )
+    return problems
+
+
+def _run(config: Config) -> list[str]:
+    train, problems = config.train, []
+    if train.precision == "fp16":
+        problems.append(
+            "train.precision: fp16 is not supported (loss scaling skips steps that the teacher would still average); "
+            "use bf16 on GPUs or fp32"
+        )
+    if config.parallel.tensor != 1 or config.parallel.sequence:
+        problems.append(
+            "parallel.tensor, parallel.sequence: tensor parallelism is not available yet; leave 1 and false"
+        )
+    for key, least in (
+        ("steps", 1),
+        ("micro_batches_per_step", 1),
+        ("log_every", 1),
+        ("save_every", 0),
+        ("eval_every", 0),
+        ("keep_last", 0),
+    ):
+        if getattr(train, key) < least:
+            problems.append(f"train.{key}: expected at least {least}, got {getattr(train, key)}")
+    budgets = [k for k in ("samples", "tokens", "seconds") if getattr(config.data.micro_batch, k) is not None]
+    if len(budgets) != 1:
+        problems.append(f"data.micro_batch: give exactly one of samples, tokens, seconds; got {budgets or 'none'}")
+    elif budgets != ["samples"]:
+        problems.append(f"data.micro_batch.{budgets[0]}: images are batched by samples")
+    elif config.data.micro_batch.samples < 1:
+        problems.append("data.micro_batch.samples: expected at least 1")
+    if config.data.workers < 0 or config.data.window < 1:
+        problems.append("data.workers must be at least 0 and data.window at least 1")
+    if config.optimizer.lr <= 0 or config.optimizer.eps <= 0 or config.optimizer.clip < 0:
+        problems.append("optimizer.lr and optimizer.eps must be above 0, optimizer.clip at least 0")
+    if config.schedule.warmup_steps < 0:
+        problems.append(f"schedule.warmup_steps: expected at least 0, got {config.schedule.warmup_steps}")
+    if not 0 <= config.schedule.hold_fraction <= 1:
+        problems.append(f"schedule.hold_fraction: expected 0 to 1, got {config.schedule.hold_fraction}")
+    return problems
