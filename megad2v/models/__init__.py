@@ -1,0 +1,1 @@
+"""What is computed: plain torch modules that know nothing of engines, ranks or files."""

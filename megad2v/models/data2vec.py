@@ -1,0 +1,106 @@
+"""Student and teacher of data2vec, as plain modules.
+
+    raw inputs -> front end -> clean view --------------------> teacher (no gradient, eval) -> targets
+                            -> masked view -> encoder -> head -> predictions at masked positions -> loss
+
+The student never sees the teacher's parameters: it gets a callable. Engines wrap the two modules as they like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megad2v.models.encoder import Encoder
+from megad2v.models.objective import average_targets, regression_loss
+
+Targets = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(raw inputs, student's clean view, padding) -> targets (B, T, D), float32, no gradient."""
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """How layers become targets and errors become a loss; fields as in `targets.*` and `loss.*`."""
+
+    layers: int
+    tensor: str
+    layer_norm: str
+    average_norm: str
+    kind: str
+    beta: float
+    scale: str
+    shuffle: bool = False
+
+
+class Teacher(nn.Module):
+    """The averaged copy: an encoder, and its own front end where the recipe averages that too (`scope` "model")."""
+
+    def __init__(self, encoder: Encoder, front_end: nn.Module | None, spec: ObjectiveSpec, prefix_tokens: int) -> None:
+        super().__init__()
+        self.encoder, self.front_end = encoder, front_end
+        self.spec, self.prefix_tokens = spec, prefix_tokens
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Always stays in eval mode: no dropout, no drop path (an engine may call train() on all it wraps)."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor, clean_btd: Tensor, padding_bt: Tensor | None = None) -> Tensor:
+        """Targets (B, T, D), float32, without the prefix tokens.
+
+        `clean_btd` is the student's unmasked view, used where the front end is shared.
+        """
+        if self.front_end is not None:
+            clean_btd = self.front_end(inputs, None)[1]
+        _, layers = self.encoder(clean_btd, padding_bt, last=self.spec.layers, tensor=self.spec.tensor)
+        layers = [layer[:, self.prefix_tokens :] for layer in layers]
+        return average_targets(layers, layer_norm=self.spec.layer_norm, average_norm=self.spec.average_norm)
+
+
+class Student(nn.Module):
+    """Front end, encoder and head, with the loss: one forward per micro-batch."""
+
+    def __init__(self, front_end: nn.Module, encoder: Encoder, head: nn.Module, spec: ObjectiveSpec) -> None:
+        super().__init__()
+        self.front_end, self.encoder, self.head, self.spec = front_end, encoder, head, spec
+        self.prefix_tokens: int = front_end.prefix_tokens
+
+    def forward(
+        self, inputs: Tensor, mask_bmt: Tensor, targets: Targets, padding_bt: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One micro-batch.
+
+        `inputs` raw, as the front end takes them; `mask_bmt` bool (B, M, T), True where hidden; `targets` the
+        teacher; `padding_bt` bool (B, T).
+        Returns the loss summed over the n masked positions (scalar), and predictions and targets there, each
+        (n, D), detached, for statistics. n may be 0: the loss is then 0 and so is every gradient.
+        """
+        if mask_bmt.shape[1] != 1:
+            raise ValueError(f"data2vec 1 draws one mask per sample, got {mask_bmt.shape[1]}")
+        mask_bt = mask_bmt[:, 0]
+        masked_btd, clean_btd = self.front_end(inputs, mask_bt)
+        target_btd = targets(inputs, clean_btd.detach(), self._with_prefix(padding_bt))
+        encoded_btd, _ = self.encoder(masked_btd, self._with_prefix(padding_bt))
+        prediction_nd = self.head(encoded_btd[:, self.prefix_tokens :][mask_bt])
+        target_nd = target_btd[mask_bt]
+        if self.spec.shuffle and self.training:  # what was learned is still validated against the true targets
+            target_nd = target_nd[torch.randperm(len(target_nd), device=target_nd.device)]
+        loss = regression_loss(
+            prediction_nd, target_nd, kind=self.spec.kind, beta=self.spec.beta, scale=self.spec.scale
+        )
+        return loss, prediction_nd.detach().float(), target_nd.detach()
+
+    def features(self, inputs: Tensor, padding_bt: Tensor | None = None) -> Tensor:
+        """Encoder output for unmasked inputs, prefix tokens included: (B, prefix + T, D)."""
+        clean_btd = self.front_end(inputs, None)[1]
+        return self.encoder(clean_btd, self._with_prefix(padding_bt))[0]
+
+    def _with_prefix(self, padding_bt: Tensor | None) -> Tensor | None:
+        if padding_bt is None or self.prefix_tokens == 0:
+            return padding_bt
+        return torch.nn.functional.pad(padding_bt, (self.prefix_tokens, 0), value=False)

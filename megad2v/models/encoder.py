@@ -1,0 +1,92 @@
+"""The Transformer encoder: what the teacher averages."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megad2v.models.attention import RelativePositionBias
+from megad2v.models.block import Block
+from megad2v.models.initialise import truncated_normal
+from megad2v.models.layers import Layers, VanillaLayers
+
+INIT_STD = 0.02
+"""Standard deviation of every weight matrix in the encoder (spec 3.2; BEiT, fairseq)."""
+
+
+class Encoder(nn.Module):
+    """Blocks with a shared relative position bias; one affine norm after the last block (pre-norm) or before the
+    first (post-norm).
+
+    `grid` is the side of the patch grid for the relative bias, None without one.
+    Output weights of block l (from 1) start divided by sqrt(2 l) in pre-norm models, as BEiT and fairseq do.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        norm: Literal["pre", "post"],
+        eps: float,
+        qkv_bias: str = "full",
+        layer_scale: float | None = None,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        grid: int | None = None,
+        layers: Layers | None = None,
+    ) -> None:
+        super().__init__()
+        layers = layers or VanillaLayers()
+        self.pre_norm = norm == "pre"
+        self.relative_bias = RelativePositionBias(layers, grid, heads) if grid is not None else None
+        rates = [drop_path * position / max(1, depth - 1) for position in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(
+                layers,
+                width=width,
+                heads=heads,
+                hidden=int(width * mlp_ratio),
+                norm=norm,
+                eps=eps,
+                qkv_bias=qkv_bias,
+                layer_scale=layer_scale,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                drop_path=rate,
+                weight=truncated_normal(INIT_STD),
+                output_weight=truncated_normal(INIT_STD / math.sqrt(2 * number) if self.pre_norm else INIT_STD),
+            )
+            for number, rate in enumerate(rates, start=1)
+        )
+        self.norm = layers.norm(width, eps)
+
+    def _logit_bias(self, x_btd: Tensor, padding_bt: Tensor | None) -> Tensor | None:
+        bias = self.relative_bias().to(x_btd.dtype) if self.relative_bias is not None else None
+        if padding_bt is None:
+            return bias
+        hidden = torch.zeros(padding_bt.shape, dtype=x_btd.dtype, device=x_btd.device)
+        hidden = hidden.masked_fill(padding_bt, float("-inf"))[:, None, None, :]
+        return hidden if bias is None else bias + hidden
+
+    def forward(
+        self, x_btd: Tensor, padding_bt: Tensor | None = None, *, last: int = 0, tensor: str = "block"
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encode. Returns the normalised output (B, T, D) and the `tensor` ("block" output or "ffn" branch) of the
+        `last` blocks, bottom up, each (B, T, D). `padding_bt` is True where a position is padding.
+        """
+        bias = self._logit_bias(x_btd, padding_bt)
+        if not self.pre_norm:
+            x_btd = self.norm(x_btd)
+        kept: list[Tensor] = []
+        for position, block in enumerate(self.blocks, start=1):
+            x_btd, branch = block(x_btd, bias)
+            if position > len(self.blocks) - last:
+                kept.append(x_btd if tensor == "block" else branch)
+        return (self.norm(x_btd) if self.pre_norm else x_btd), kept

@@ -1,0 +1,80 @@
+"""Initial values: a pure function of (seed, parameter name), so that every layout starts from the same model.
+
+Each module that owns parameters lists an initialiser per parameter in `self.initialisers`; whoever builds the model
+(one process, ZeRO-3 ranks that own a slice each, or a checkpoint converter) asks `initial_value` for the full tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+Initialiser = Callable[[Tensor, torch.Generator], None]
+"""Fills a float32 CPU tensor in place."""
+
+
+def zeros(value: Tensor, generator: torch.Generator) -> None:
+    """All zeros."""
+    value.zero_()
+
+
+def constant(fill: float) -> Initialiser:
+    """All equal to `fill`."""
+
+    def initialise(value: Tensor, generator: torch.Generator) -> None:
+        value.fill_(fill)
+
+    return initialise
+
+
+def truncated_normal(std: float, mean: float = 0.0, low: float = -2.0, high: float = 2.0) -> Initialiser:
+    """Normal(mean, std) redrawn inside the absolute bounds [low, high]."""
+
+    def initialise(value: Tensor, generator: torch.Generator) -> None:
+        nn.init.trunc_normal_(value, mean, std, low, high, generator=generator)
+
+    return initialise
+
+
+def torch_default(fan_in: int) -> Initialiser:
+    """What nn.Linear and nn.Conv2d start from, weight and bias alike: uniform within +-1/sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def initialise(value: Tensor, generator: torch.Generator) -> None:
+        value.uniform_(-bound, bound, generator=generator)
+
+    return initialise
+
+
+def initial_value(seed: int, name: str, shape: torch.Size, initialiser: Initialiser) -> Tensor:
+    """The full float32 tensor of parameter `name`; equal on every rank, whatever else the model holds."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    value = torch.full(shape, float("nan"))
+    initialiser(value, generator)
+    return value
+
+
+def initialisers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Initialiser]]:
+    """(full name, parameter, initialiser) of every parameter of `model`.
+
+    Raises TypeError for a parameter whose module does not say how it starts: nothing is left to a library's default.
+    """
+    for prefix, module in model.named_modules():
+        own = getattr(module, "initialisers", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{prefix}.{name}" if prefix else name
+            if name not in own:
+                raise TypeError(f"{type(module).__name__} does not say how to initialise its parameter {full_name}")
+            yield full_name, parameter, own[name]
+
+
+def initialise_(model: nn.Module, seed: int) -> None:
+    """Fill every parameter of an unpartitioned model in place (one process; ranks of ZeRO-3 write their slices)."""
+    with torch.no_grad():
+        for name, parameter, initialiser in initialisers(model):
+            parameter.copy_(initial_value(seed, name, parameter.shape, initialiser))

@@ -1,0 +1,133 @@
+"""The layers a model is built from, at tensor-parallel size 1.
+
+Models take a `Layers` and never ask how wide a rank's slice is: `parallel/` offers the same constructors with the
+weights split over ranks. Weights are laid out with the dimension that would be split FIRST (column: outputs, row:
+inputs), so that any slice, tensor-parallel or ZeRO, is one contiguous range of the flattened full tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megad2v.models.initialise import Initialiser, constant, zeros
+
+
+class ColumnLinear(nn.Module):
+    """y = x W^T + b with W (out, in); under tensor parallelism each rank holds some outputs."""
+
+    def __init__(self, inputs: int, outputs: int, *, weight: Initialiser, bias: Initialiser | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias is not None else None
+        self.initialisers = {"weight": weight, "bias": bias}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """y = x W + b with W (in, out); under tensor parallelism each rank holds some inputs."""
+
+    def __init__(self, inputs: int, outputs: int, *, weight: Initialiser, bias: Initialiser | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias is not None else None
+        self.initialisers = {"weight": weight, "bias": bias}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        # addmm on the parameter itself: a transposed view saved for backward would keep a gathered ZeRO-3 weight alive.
+        flat = x.flatten(0, -2)
+        y = torch.mm(flat, self.weight) if self.bias is None else torch.addmm(self.bias, flat, self.weight)
+        return y.view(*x.shape[:-1], -1)
+
+
+class QKVLinear(nn.Module):
+    """Query, key and value in one product, laid out (heads, 3, head_dim) so that a rank's heads are contiguous.
+
+    `bias`: "full" (3 per head), "no_key" (query and value only: a bias on the key changes no softmax) or "none".
+    """
+
+    def __init__(self, width: int, heads: int, *, bias: str, weight: Initialiser) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.bias_kind = heads, width // heads, bias
+        self.weight = nn.Parameter(torch.empty(heads * 3 * self.head_dim, width))
+        biases = {"full": 3, "no_key": 2, "none": 0}[bias]
+        self.bias = nn.Parameter(torch.empty(heads * biases * self.head_dim)) if biases else None
+        self.initialisers = {"weight": weight, "bias": zeros}
+
+    def forward(self, x_btd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> query, key, value, each (B, heads, T, head_dim)."""
+        bias = self.bias
+        if self.bias_kind == "no_key":
+            qv = self.bias.view(self.heads, 2, self.head_dim)
+            bias = torch.stack((qv[:, 0], torch.zeros_like(qv[:, 0]), qv[:, 1]), dim=1).flatten()
+        b, t, _ = x_btd.shape
+        qkv = F.linear(x_btd, self.weight, bias).view(b, t, self.heads, 3, self.head_dim)
+        return tuple(qkv.permute(3, 0, 2, 1, 4))
+
+
+class LayerNorm(nn.Module):
+    """Affine layer norm over channels; apex's fused kernel on GPUs where apex is installed, else torch's."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.initialisers = {"weight": constant(1.0), "bias": zeros}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def _apex_layer_norm() -> object | None:
+    try:
+        from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+    except ImportError:
+        return None
+    return fused_layer_norm_affine
+
+
+APEX_LAYER_NORM = _apex_layer_norm()
+"""apex's fused affine layer norm, or None; the start-up report names which one runs."""
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The one place that chooses a layer-norm kernel."""
+    if APEX_LAYER_NORM is not None and x.is_cuda:
+        return APEX_LAYER_NORM(x, weight, bias, weight.shape, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+class Layers(Protocol):
+    """What a model asks of whoever splits its layers. `heads(n)` is how many of n heads this rank holds."""
+
+    def heads(self, total: int) -> int: ...
+
+    def column(self, inputs: int, outputs: int, *, weight: Initialiser, bias: Initialiser | None) -> nn.Module: ...
+
+    def row(self, inputs: int, outputs: int, *, weight: Initialiser, bias: Initialiser | None) -> nn.Module: ...
+
+    def qkv(self, width: int, heads: int, *, bias: str, weight: Initialiser) -> nn.Module: ...
+
+    def norm(self, width: int, eps: float) -> nn.Module: ...
+
+
+class VanillaLayers:
+    """Everything on one rank (tensor-parallel size 1)."""
+
+    def heads(self, total: int) -> int:
+        """All of them."""
+        return total
+
+    column = staticmethod(ColumnLinear)
+    row = staticmethod(RowLinear)
+    qkv = staticmethod(QKVLinear)
+    norm = staticmethod(LayerNorm)
