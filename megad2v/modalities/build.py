@@ -1,0 +1,78 @@
+"""From a configuration to the student and teacher modules. The explicit list of modalities is `FRONT_ENDS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from megad2v.config.schema import Config
+from megad2v.modalities.vision.front_end import VisionFrontEnd
+from megad2v.models.data2vec import ObjectiveSpec, Student, Teacher
+from megad2v.models.encoder import Encoder
+from megad2v.models.heads import regression_head
+from megad2v.models.layers import Layers
+
+
+def _vision(config: Config) -> nn.Module:
+    return VisionFrontEnd(config.vision, config.model.width)
+
+
+FRONT_ENDS: dict[str, Callable[[Config], nn.Module]] = {"vision": _vision}
+
+
+def positions(config: Config) -> int:
+    """T: maskable positions of one sample (patches of an image)."""
+    return (config.vision.image_size // config.vision.patch_size) ** 2
+
+
+def build_encoder(config: Config, layers: Layers | None = None) -> Encoder:
+    """The encoder that `model.*` describes."""
+    model = config.model
+    return Encoder(
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        mlp_ratio=model.mlp_ratio,
+        norm=model.norm,
+        eps=model.norm_eps,
+        qkv_bias=model.qkv_bias,
+        layer_scale=model.layer_scale,
+        dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        drop_path=model.drop_path,
+        grid=config.vision.image_size // config.vision.patch_size if model.relative_bias else None,
+        layers=layers,
+    )
+
+
+def objective(config: Config) -> ObjectiveSpec:
+    """`targets.*` and `loss.*` as the models take them."""
+    targets, loss = config.targets, config.loss
+    return ObjectiveSpec(
+        layers=targets.layers,
+        tensor=targets.tensor,
+        layer_norm=targets.layer_norm,
+        average_norm=targets.average_norm,
+        shuffle=targets.shuffle,
+        kind=loss.kind,
+        beta=loss.beta,
+        scale=loss.scale,
+    )
+
+
+def build_student(config: Config, layers: Layers | None = None) -> Student:
+    """Front end, encoder and head, uninitialised (see models.initialise)."""
+    return Student(
+        FRONT_ENDS[config.modality](config),
+        build_encoder(config, layers),
+        regression_head(config.model.width, config.model.head_layers),
+        objective(config),
+    )
+
+
+def build_teacher(config: Config, layers: Layers | None = None) -> Teacher:
+    """The averaged copy of what `teacher.scope` names. Its parameters are called as in the student."""
+    front_end = FRONT_ENDS[config.modality](config)
+    own = front_end if config.teacher.scope == "model" else None
+    return Teacher(build_encoder(config, layers), own, objective(config), front_end.prefix_tokens)

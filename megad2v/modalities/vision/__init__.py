@@ -1,0 +1,1 @@
+"""Images: front end, block masks, augmentation, shards, Hugging Face key map."""
