@@ -1,0 +1,127 @@
+"""Start-up of the processes, and the few collectives that the rest of the code asks for by name."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands. tp = 1 for now, so every rank is a data-parallel rank."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that prints and writes shared files."""
+        return self.rank == 0
+
+
+def prepare_environment() -> None:
+    """Before DeepSpeed is imported: choose its accelerator and quiet its compilation probes.
+
+    On a CPU, `init_distributed` would compile a shared-memory op that training never uses, and crashes where there is
+    no compiler; an empty table of compatible ops skips it.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
+    # torch 2.13 renames collectives that DeepSpeed 0.19 still calls by their old names, with a warning per call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.utils.logger.setLevel(os.environ["DS_LOG_LEVEL"])
+
+
+def start(rank_from_launcher: int | None = None) -> World:
+    """Join the process group (NCCL on GPUs, gloo on CPUs). One process without a launcher works too."""
+    prepare_environment()
+    import deepspeed
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ["LOCAL_RANK"]) if rank_from_launcher is None else rank_from_launcher
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=True
+    )
+    size = dist.get_world_size()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return World(dist.get_rank(), size, local_rank, local_size, device)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's `text` on every rank."""
+    carried = [text]
+    dist.broadcast_object_list(carried)
+    return carried[0]
+
+
+def stop() -> None:
+    """Leave together: a rank that tears its group down while others still use it makes them fail."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def together(action: Callable[[], Any], *, errors: tuple[type[Exception], ...], raises: type[Exception]) -> list[Any]:
+    """Run `action` on every rank; the results, in rank order, on rank 0 (an empty list elsewhere).
+
+    If any rank raised one of `errors`, every rank raises `raises` with what went wrong and where: no rank is left
+    waiting in the next collective for one that gave up. One gather of small objects to rank 0 and one broadcast.
+    """
+    try:
+        outcome = (action(), None)
+    except errors as error:
+        outcome = (None, str(error) or type(error).__name__)
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(outcome, gathered)
+    message = [_merge([problem for _, problem in gathered]) if gathered is not None else None]
+    dist.broadcast_object_list(message)
+    if message[0]:
+        raise raises(message[0])
+    return [result for result, _ in gathered] if gathered is not None else []
+
+
+def _merge(problems: list[str | None]) -> str | None:
+    """One line for the same trouble on all ranks; the ranks named where only some have it."""
+    ranks: dict[str, list[int]] = {}
+    for rank, problem in enumerate(problems):
+        if problem:
+            ranks.setdefault(problem, []).append(rank)
+    if not ranks:
+        return None
+    if len(ranks) == 1 and len(next(iter(ranks.values()))) == len(problems):
+        return next(iter(ranks))
+    return "; ".join(f"rank {', '.join(map(str, where))}: {problem}" for problem, where in ranks.items())
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """All-reduce (sum) a small tensor in place over all ranks; 2 x its bytes per rank."""
+    dist.all_reduce(values)
+    return values
