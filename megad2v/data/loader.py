@@ -1,0 +1,193 @@
+"""From a configuration to micro-batches: training (endless, resumable by step number), validation, probes.
+
+torch's DataLoader runs the workers. Its items are whole micro-batches, planned beforehand, so workers share no state
+and the stream is the same for any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import count
+
+from megad2v.config.schema import Config
+from megad2v.data.format import read_dataset
+from megad2v.data.order import SampleOrder
+from megad2v.data.plan import Plan, micro_batch_samples, rank_share
+from megad2v.data.shardset import ShardSet
+from megad2v.data.workers import MicroBatches, Stream
+from megad2v.errors import UserError
+from megad2v.modalities.batch import Batch
+from megad2v.modalities.sample import Transform
+from megad2v.modalities.vision.transforms import Mode, VisionTransform
+
+Row = tuple[int, int]
+"""(epoch, sample index)."""
+
+TRANSFORMS: Mapping[str, type[VisionTransform]] = {"vision": VisionTransform}
+"""Worker side of each modality."""
+
+
+class TrainingLoader:
+    """This rank's micro-batches, one optimizer step after the other, for ever.
+
+    `rank` and `world` are data-parallel. Iterating yields list[Batch] of M / world micro-batches in the order of m,
+    beginning with step `start_step` (the number of updates already planned for: the whole state). A sample that cannot
+    be decoded is absent from its micro-batch (see Batch.dropped) and nothing else moves.
+    Raises UserError for wrong keys, patterns or shards; `workers.WorkerDied` when a worker is killed or crashes.
+    """
+
+    def __init__(self, config: Config, *, rank: int, world: int, start_step: int) -> None:
+        data, train = config.data, config.train
+        if data.window < 1:
+            raise UserError(f"data.window: expected at least 1 shard, got {data.window}")
+        _check_workers(data.workers)
+        self._share = rank_share(train.micro_batches_per_step, rank, world)
+        samples = micro_batch_samples(data)
+        self._shards = ShardSet(_pattern(data.shards, "data.shards", config.modality), config.modality)
+        order = SampleOrder(self._shards.shard_sizes, seed=train.seed, window=data.window)
+        self.plan = Plan(order, samples=samples, micro_batches=train.micro_batches_per_step)
+        self.samples_per_step = self.plan.samples_per_step
+        self.epoch_size = len(self._shards)
+        self.fingerprint = self._shards.fingerprint
+        """Hash of shard names and counts; a resumed run with another one sees another order."""
+        self._start_step = start_step
+        self._workers = data.workers
+        self._batches = MicroBatches(self._shards, _transform(config, "train"), self.plan.numbered)
+        self._stream: Stream | None = None
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Start from `start_step`; an earlier iteration ends, since the workers are the loader's."""
+        self.close()
+        numbers = _Numbers(self._start_step, self.plan.micro_batches, self._share)
+        self._stream = stream = Stream(self._batches, numbers, self._workers, per_step=len(self._share))
+        try:
+            while True:
+                yield [next(stream) for _ in self._share]
+        finally:
+            stream.close()
+
+    def close(self) -> None:
+        """End the workers and close the shards. Iterating again is allowed."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        self._shards.close()
+
+    def explain(self, error: BaseException) -> str | None:
+        """What a worker was reading when it died, if `error` is torch's report of a dead worker, else None.
+
+        torch raises that report from a signal handler, so it can come up anywhere in the training step.
+        """
+        return self._stream.explain(error) if self._stream is not None else None
+
+
+class _Numbers:
+    """Running numbers step * M + m of one rank's micro-batches, from a step on, without end."""
+
+    def __init__(self, start_step: int, micro_batches: int, share: range) -> None:
+        self._start_step, self._micro_batches, self._share = start_step, micro_batches, share
+
+    def __iter__(self) -> Iterator[int]:
+        for step in count(self._start_step):
+            for m in self._share:
+                yield step * self._micro_batches + m
+
+
+class FiniteBatches:
+    """A fixed list of micro-batches that can be gone through many times; `len` is known.
+
+    Each pass starts its own workers and ends them, also when it is left early.
+    """
+
+    def __init__(self, shards: ShardSet, transform: Transform, plan: list[list[Row]], workers: int) -> None:
+        self.samples = sum(len(rows) for rows in plan)
+        """Samples that this rank meets in one pass."""
+        self.classes: tuple[str, ...] = ()
+        """Class names by id (labelled_batches)."""
+        self._plan = plan
+        self._workers = min(workers, len(plan))
+        self._batches = MicroBatches(shards, transform, plan.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream = Stream(self._batches, range(len(self._plan)), self._workers, per_step=1)
+        try:
+            yield from stream
+        finally:
+            stream.close()
+
+
+def validation_batches(config: Config, *, rank: int, world: int) -> FiniteBatches:
+    """This rank's share of `data.valid`: the same number of micro-batches on every rank, each sample once over all.
+
+    Micro-batch j goes to rank j % world; ranks without one get the row of zeros. Images are resized by the short side
+    and cropped in the centre; masks depend on (train.seed, sample id) alone. Raises UserError as TrainingLoader does.
+    """
+    size = micro_batch_samples(config.data)
+    _check_workers(config.data.workers)
+    shards = ShardSet(_pattern(config.data.valid, "data.valid", config.modality), config.modality)
+    plan = _in_order(len(shards), size)
+    plan += [[]] * (-len(plan) % world)
+    return FiniteBatches(shards, _transform(config, "valid"), plan[rank::world], config.data.workers)
+
+
+def labelled_batches(pattern: str, config: Config, batch_size: int, workers: int) -> FiniteBatches:
+    """Every sample of the shards once, in order, with labels, unmasked and not augmented; `.classes` has the names.
+
+    Names come from dataset.json beside the shards; without one they are the ids themselves.
+    Raises UserError when a sample has no label, or a label that dataset.json has no name for.
+    """
+    _check_workers(workers)
+    if batch_size < 1:
+        raise UserError(f"batch size: expected at least 1, got {batch_size}")
+    shards = ShardSet(pattern, config.modality)
+    labels = shards.labels()
+    if labels.min() < 0:
+        where = shards.sample_id(int(labels.argmin()))
+        raise UserError(f"{where}: has no class id; probes need KEY.cls with a whole number beside every image")
+    batches = FiniteBatches(shards, _transform(config, "probe"), _in_order(len(shards), batch_size), workers)
+    batches.classes = _class_names(shards, int(labels.max()))
+    return batches
+
+
+def _class_names(shards: ShardSet, largest: int) -> tuple[str, ...]:
+    names: set[tuple[str, ...]] = set()
+    for folder in sorted({path.parent for path in shards.paths}):
+        info = read_dataset(folder)
+        names.add(info.classes if info is not None else ())
+    if len(names) > 1:
+        raise UserError(f"{shards.pattern}: the shards come from data sets with different classes; name one data set")
+    found = names.pop()
+    if not found:
+        return tuple(str(label) for label in range(largest + 1))
+    if largest >= len(found):
+        raise UserError(
+            f"{shards.pattern}: class id {largest} has no name among the {len(found)} of dataset.json; make them again"
+        )
+    return found
+
+
+def _in_order(total: int, size: int) -> list[list[Row]]:
+    return [[(0, index) for index in range(start, min(start + size, total))] for start in range(0, total, size)]
+
+
+def _transform(config: Config, mode: Mode) -> Transform:
+    return TRANSFORMS[config.modality](config, mode)
+
+
+def _pattern(value: str | Mapping[str, str] | None, key: str, modality: str) -> str:
+    """The pattern of a modality from `data.shards` or `data.valid`."""
+    if isinstance(value, Mapping):
+        if modality not in value:
+            raise UserError(f"{key}: has no entry for modality {modality}, only for {', '.join(value) or 'none'}")
+        value = value[modality]
+    if not value:
+        raise UserError(f"{key}: not set; give a path, folder, glob or brace pattern of WebDataset tars")
+    return value
+
+
+def _check_workers(workers: int) -> None:
+    if workers < 0:
+        raise UserError(f"data.workers: expected 0 or more, got {workers}")
