@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Pretrain a data2vec encoder; start it with `deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megad2v.training.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

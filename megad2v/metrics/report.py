@@ -1,0 +1,88 @@
+"""The start-up report: what runs, on what, with how much memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megad2v
+from megad2v.models.layers import APEX_LAYER_NORM
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and the project's git revision where it runs from a checkout."""
+    import deepspeed
+    import PIL
+
+    pillow = "pillow-simd" if ".post" in PIL.__version__ else "Pillow"
+    return {
+        "megad2v": megad2v.__version__,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "image decoder": f"{pillow} {PIL.__version__}",
+    }
+
+
+def git_revision() -> str:
+    """Short revision of the checkout this package lies in, "-dirty" where it has changes; "unknown" elsewhere."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, check=True, capture_output=True, timeout=10)
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def memory_estimate(student: int, teacher: int, *, stage: int, ranks: int, low_precision: bool) -> float:
+    """Bytes of model state on one rank (activations come on top): weights and gradients in the compute dtype, float32
+    master, two moments and teacher average, teacher forward copy. Parameters counted; stages as in the ZeRO paper."""
+    width = 2 if low_precision else 4
+    masters = (12 * student + 4 * teacher) / ranks
+    weights = width * (student + teacher) / (ranks if stage == 3 else 1)
+    gradients = width * student / (ranks if stage >= 2 else 1)
+    return masters + weights + gradients
+
+
+def start_up_report(
+    *, world: Any, precision: str, stage: int, student: int, teacher: int, recipe: str, run: Path, peak: str
+) -> list[str]:
+    """Lines for people, printed once by the main rank."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name()
+    norm = "apex fused" if APEX_LAYER_NORM is not None and world.device.type == "cuda" else "torch"
+    memory = memory_estimate(student, teacher, stage=stage, ranks=world.size, low_precision=precision == "bf16")
+    return [
+        f"megad2v {'  '.join(f'{name} {version}' for name, version in versions().items() if name != 'megad2v')}",
+        f"host {socket.gethostname()}  ranks {world.size}  device {device}  threads {torch.get_num_threads()}",
+        f"recipe {recipe}  precision {precision}  ZeRO {stage}  attention torch SDPA  layer norm {norm}  peak {peak}",
+        f"parameters: student {student:,}  teacher {teacher:,}  model state about {memory / 2**20:,.0f} MiB per rank",
+        f"run directory {run}",
+    ]
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def peak_memory(device: torch.device) -> tuple[float, str]:
+    """(bytes, of what) at the highest so far in this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)), "device memory"
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, "resident memory"

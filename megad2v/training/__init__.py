@@ -1,0 +1,1 @@
+"""The run: loop, step, schedules, validation, saving and resuming."""

@@ -1,0 +1,185 @@
+"""The training loop, to be read aloud."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megad2v.checkpoint.catalog import prune, step_directory
+from megad2v.config.schema import Config
+from megad2v.data.loader import FiniteBatches, TrainingLoader
+from megad2v.engine.distributed import World, sum_over_ranks
+from megad2v.engine.setup import TrainingEngine
+from megad2v.errors import UserError
+from megad2v.metrics.logger import MetricsLogger
+from megad2v.metrics.statistics import StepStatistics
+from megad2v.metrics.throughput import Throughput
+from megad2v.modalities.batch import Batch
+from megad2v.teacher.ema import ShardedTeacher
+from megad2v.teacher.schedule import decay_at
+from megad2v.training.evaluate import validate
+from megad2v.training.records import RunRecords
+from megad2v.training.schedules import learning_rate
+from megad2v.training.state import Progress, save, state_memory
+from megad2v.training.step import StepCounts, count_step, take_step
+
+BAD_SAMPLES_GRACE = 1000
+"""Samples seen before data.max_bad_fraction is held against the run."""
+
+
+@dataclass
+class Run:
+    """What one training run holds on a rank."""
+
+    config: Config
+    world: World
+    directory: Path
+    engine: TrainingEngine
+    teacher: ShardedTeacher
+    loader: TrainingLoader
+    valid: FiniteBatches | None
+    throughput: Throughput
+    records: RunRecords
+    logger: MetricsLogger | None
+    """Only on the main rank."""
+    progress: Progress = field(default_factory=Progress)
+
+    def memory(self) -> list[Tensor]:
+        """This rank's saved tensors, as views: masters, moments and averages."""
+        return [memory for _, _, memory in state_memory(self.engine, self.teacher)]
+
+    def close(self) -> None:
+        """End workers, close logs."""
+        self.loader.close()
+        self.records.close()
+        if self.logger is not None:
+            self.logger.close()
+
+
+def train(run: Run) -> None:
+    """From `run.progress` to train.steps. Every rank takes the same decisions from the same global counts."""
+    train, progress = run.config.train, run.progress
+    steps = iter(run.loader)
+    while progress.step < train.steps:
+        started = time.perf_counter()
+        batches = _next(steps)
+        counts = count_step(batches, run.world)
+        waited = time.perf_counter() - started
+
+        due = _due(progress.step + 1, train.log_every, train.steps)
+        statistics = StepStatistics(run.config.model.width, run.world.device) if due else None
+        rate, decay = _rates(run.config, progress.updates)
+        taken = take_step(
+            run.engine,
+            run.teacher,
+            batches,
+            counts,
+            world=run.world,
+            seed=train.seed,
+            step=progress.step,
+            learning_rate=rate,
+            decay=decay,
+            statistics=statistics,
+        )
+        progress.step += 1
+        progress.updates += taken
+        progress.skipped += not taken
+        _count_samples(run, counts)
+        run.records.consumed(progress.step, batches)
+        run.throughput.add(counts.samples, step_seconds=time.perf_counter() - started, data_seconds=waited)
+
+        if statistics is not None:
+            _log(run, statistics, counts, {"lr": rate, "ema_decay": decay})
+        if run.valid is not None and _due(progress.step, train.eval_every, train.steps):
+            _validate(run)
+        if _due(progress.step, train.save_every, train.steps):
+            save_checkpoint(run)
+
+
+def _next(steps: Iterator[list[Batch]]) -> list[Batch]:
+    try:
+        return next(steps)
+    except UserError as error:
+        error.on_one_rank = True
+        raise
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _rates(config: Config, updates: int) -> tuple[float, float]:
+    """Learning rate of the next update, and decay with which the average absorbs its result."""
+    train, teacher = config.train, config.teacher
+    rate = learning_rate(updates, peak=config.optimizer.lr, steps=train.steps, schedule=config.schedule)
+    decay = decay_at(
+        updates + 1,
+        start=teacher.decay_start,
+        end=teacher.decay_end,
+        steps=train.steps if teacher.decay_steps is None else teacher.decay_steps,
+    )
+    return rate, decay
+
+
+def _count_samples(run: Run, counts: StepCounts) -> None:
+    progress, limit = run.progress, run.config.data.max_bad_fraction
+    progress.samples += counts.samples
+    progress.dropped += counts.dropped
+    seen = progress.samples + progress.dropped
+    if seen >= BAD_SAMPLES_GRACE and progress.dropped > limit * seen:
+        raise UserError(
+            f"data.max_bad_fraction: {progress.dropped} of {seen} samples could not be decoded, more than {limit:g} "
+            f"of them; {run.directory / 'quarantine.jsonl'} names each"
+        )
+
+
+def _log(run: Run, statistics: StepStatistics, counts: StepCounts, rates: dict[str, float]) -> None:
+    sum_over_ranks(statistics.sums)
+    speed = run.throughput.read()
+    if run.logger is None:
+        return
+    read, progress = statistics.read(), run.progress
+    norm = run.engine.gradient_norm()
+    values: dict[str, Any] = {
+        "epoch": progress.samples / max(1, run.loader.epoch_size),
+        "samples": progress.samples,
+        **read,
+        **rates,
+        "grad_norm": norm,
+        "masked": counts.masked,
+        "skipped_steps": progress.skipped,
+        "bad_samples": progress.dropped,
+        **speed,
+        "modality": run.config.modality,
+    }
+    run.logger.write(progress.step, values)
+    shown = ("loss", "target_std", "pred_std", "grad_norm", "tokens_per_second", "mfu")
+    run.logger.progress(progress.step, {key: values[key] for key in shown})
+
+
+def _validate(run: Run) -> None:
+    values = validate(run.engine, run.valid, world=run.world, width=run.config.model.width)
+    if run.logger is not None:
+        run.logger.write(run.progress.step, {**values, "modality": run.config.modality})
+        run.logger.progress(run.progress.step, values)
+
+
+def save_checkpoint(run: Run) -> None:
+    """Save, then delete what train.keep_last lets go. Collective."""
+    directory = step_directory(run.directory, run.progress.step)
+    save(
+        directory,
+        run.engine,
+        run.teacher,
+        run.progress,
+        run.config,
+        world=run.world,
+        data_fingerprint=run.loader.fingerprint,
+    )
+    if run.world.is_main:
+        prune(run.directory, run.config.train.keep_last)

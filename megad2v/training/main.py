@@ -1,0 +1,116 @@
+"""From a command line to a finished run and an exit code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megad2v.checkpoint.catalog import step_directory
+from megad2v.checkpoint.reader import Checkpoint
+from megad2v.config.deepspeed_json import read_deepspeed_json, refuse_unsupported
+from megad2v.config.load import parse_command_line, to_yaml
+from megad2v.config.schema import Config, TrainConfig
+from megad2v.engine import distributed
+from megad2v.engine.distributed import World, broadcast_text
+from megad2v.errors import UserError
+from megad2v.metrics.report import peak_memory
+from megad2v.training.loop import Run, train
+from megad2v.training.setup import set_up
+from megad2v.training.state import load
+
+DEMO_SHARDS = "runs/demo/shards/image"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `launch/pretrain.py`; returns the exit code. Wrong input is one line, printed by one rank."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        command = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        if command.print_config:
+            if rank == 0:
+                print(to_yaml(command.config), end="")
+            return 0
+        ds = read_deepspeed_json(command.deepspeed)
+        refuse_unsupported(ds)
+        config = with_demo_shards(command.config)
+        world = distributed.start(command.local_rank)
+        if command.check:
+            check(config, ds, world, recipe=command.recipe)
+        else:
+            pretrain(config, ds, world, recipe=command.recipe)
+        distributed.stop()
+    except UserError as error:
+        if rank == 0 or error.on_one_rank:
+            print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def with_demo_shards(config: Config) -> Config:
+    """The command without data runs on the demo's shards, where they have been made."""
+    if config.data.shards is not None:
+        return config
+    if not Path(DEMO_SHARDS, "train").is_dir():
+        raise UserError(
+            "data.shards: not given, and the demo's shards are not there. Make them with `make demo`, or: "
+            "python tools/make_demo_data.py runs/demo/data && "
+            f"python tools/make_shards.py image --input runs/demo/data/image --output {DEMO_SHARDS}/train && "
+            "repeat the command; for your own data add --data.shards PATH"
+        )
+    valid = config.data.valid or (f"{DEMO_SHARDS}/valid" if Path(DEMO_SHARDS, "valid").is_dir() else None)
+    return replace(config, data=replace(config.data, shards=f"{DEMO_SHARDS}/train", valid=valid))
+
+
+def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> Run:
+    """Set up, resume, train. Raises UserError alike on every rank."""
+    run = set_up(config, ds, world, recipe=recipe)
+    try:
+        train(run)
+    finally:
+        run.close()
+    if world.is_main:
+        print(f"done: {run.progress.step} steps; checkpoints in {run.directory / 'checkpoints'}", flush=True)
+    return run
+
+
+def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> None:
+    """--check: one step, one validation micro-batch pass, one save, one load that must give the same bits; peak memory.
+
+    Everything is written beside the run directory and removed.
+    """
+    output = Path(config.train.output_dir)
+    parent = output.absolute().parent
+    made = ""
+    if world.is_main:
+        parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".check_{output.name}_", dir=parent)
+    scratch = broadcast_text(made)
+    one: TrainConfig = replace(
+        config.train, steps=1, save_every=0, eval_every=0, log_every=1, output_dir=scratch, tensorboard=False,
+        resume="auto", wandb=replace(config.train.wandb, project=None),
+    )  # fmt: skip
+    # The schedules keep the length of the real run.
+    teacher = replace(config.teacher, decay_steps=config.teacher.decay_steps or config.train.steps)
+    config = replace(config, train=one, teacher=teacher)
+    try:
+        run = pretrain(config, ds, world, recipe=recipe)
+        before = [memory.clone() for memory in run.memory()]
+        load(Checkpoint(step_directory(run.directory, 1)), run.engine, run.teacher)
+        same = all(torch.equal(a, b) for a, b in zip(before, run.memory(), strict=True))
+        if not same:
+            raise RuntimeError("what was loaded differs from what was saved")
+        peak, what = peak_memory(world.device)
+        if world.is_main:
+            print(f"check passed: one step, one save, one load equal to the bit; peak {what} {peak / 2**20:,.0f} MiB")
+    finally:
+        distributed.barrier()
+        if world.is_main:
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,182 @@
+"""Building a run: data, engine, teacher, logs, and what it resumes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from megad2v.checkpoint.catalog import find_checkpoint, newest_valid, steps_present
+from megad2v.checkpoint.reader import Checkpoint
+from megad2v.config.deepspeed_json import fill_deepspeed, zero_stage
+from megad2v.config.load import to_yaml
+from megad2v.config.schema import Config
+from megad2v.data.loader import TrainingLoader, validation_batches
+from megad2v.engine.distributed import World, broadcast_text, together
+from megad2v.engine.fragments import shapes
+from megad2v.engine.setup import TrainingEngine
+from megad2v.errors import UserError
+from megad2v.metrics.flops import flops_per_sample, peak_flops
+from megad2v.metrics.logger import MetricsLogger, drop_later_lines
+from megad2v.metrics.report import start_up_report
+from megad2v.metrics.throughput import Throughput
+from megad2v.modalities.build import build_student, build_teacher, positions
+from megad2v.teacher.ema import ShardedTeacher
+from megad2v.training.loop import Run
+from megad2v.training.records import RunRecords
+from megad2v.training.state import initialise_from, load
+
+T = TypeVar("T")
+
+
+def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> Run:
+    """Everything of a run, resumed where train.resume says so. Collective; raises UserError alike on every rank."""
+    precision = resolve_precision(config.train.precision)
+    _check_ranks(config, world)
+    filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.size)
+    directory = Path(config.train.output_dir)
+    resumed = _find_resume(config, directory, world)
+    start = resumed.index.step if resumed else 0
+
+    loader = _on_all(lambda: TrainingLoader(config, rank=world.rank, world=world.size, start_step=start))
+    valid = None
+    if config.data.valid is not None:
+        valid = _on_all(lambda: validation_batches(config, rank=world.rank, world=world.size))
+    _on_all(lambda: _prepare_directory(config, filled, directory, start) if world.is_main else None)
+    logger = _on_all(
+        lambda: (
+            MetricsLogger(directory, config.train, resumed_at=start, config=asdict(config)) if world.is_main else None
+        )
+    )
+    engine = build_engine(config, filled, world)
+    peak, peak_source = peak_flops(world.device, precision)
+    run = Run(
+        config=config,
+        world=world,
+        directory=directory,
+        engine=engine,
+        teacher=ShardedTeacher(engine),
+        loader=loader,
+        valid=valid,
+        throughput=Throughput(
+            tokens_per_sample=positions(config),
+            flops_per_sample=flops_per_sample(config),
+            peak_flops=peak * world.size if peak else None,
+        ),
+        records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),
+        logger=logger,
+    )
+    if world.is_main:
+        lines = start_up_report(
+            world=world,
+            precision=precision,
+            stage=engine.state.stage,
+            student=sum(shape.numel() for shape in shapes(engine.student).values()),
+            teacher=sum(shape.numel() for shape in shapes(engine.teacher_module).values()),
+            recipe=recipe,
+            run=directory,
+            peak=peak_source,
+        )
+        if zero_stage(ds) == 0:
+            lines.append("ZeRO stage 0 keeps no float32 fragments and applies NaN steps: running it as stage 1")
+        print("\n".join(lines), flush=True)
+    _restore(run, resumed)
+    return run
+
+
+def build_engine(config: Config, filled: dict[str, Any], world: World) -> TrainingEngine:
+    """Student and teacher under DeepSpeed, from a configuration and its filled DeepSpeed JSON. Collective."""
+    optimizer = config.optimizer
+    return TrainingEngine(
+        lambda: build_student(config),
+        lambda: build_teacher(config),
+        filled,
+        optimizer={
+            "lr": optimizer.lr,
+            "betas": tuple(optimizer.betas),
+            "eps": optimizer.eps,
+            "weight_decay": optimizer.weight_decay,
+        },
+        decay_all=optimizer.decay_all,
+        seed=config.train.seed,
+        device=world.device,
+    )
+
+
+def resolve_precision(asked: str) -> str:
+    """auto: bf16 on GPUs that have it, else fp32."""
+    if asked != "auto":
+        return asked
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _on_all(action: Callable[[], T]) -> T:
+    """`action` on every rank; if it fails on any, every rank raises the same UserError."""
+    kept: list[T] = []
+    together(lambda: kept.append(action()), errors=(OSError, UserError), raises=UserError)
+    return kept[0]
+
+
+def _check_ranks(config: Config, world: World) -> None:
+    micro_batches = config.train.micro_batches_per_step
+    if micro_batches % world.size:
+        fitting = list(range(world.size, micro_batches + world.size, world.size))
+        raise UserError(
+            f"train.micro_batches_per_step: {micro_batches} micro-batches cannot be shared evenly by {world.size} "
+            f"data-parallel ranks; use a multiple of {world.size}, such as {fitting[-1]}"
+        )
+
+
+def _find_resume(config: Config, directory: Path, world: World) -> Checkpoint | None:
+    """The checkpoint to go on from, decided by the main rank, opened by all."""
+
+    def decide() -> str:
+        if not world.is_main:
+            return ""
+        asked = config.train.resume
+        if asked == "never":
+            if steps_present(directory):
+                raise UserError(
+                    f"train.resume: never, but {directory} has checkpoints; choose another train.output_dir or auto"
+                )
+            return ""
+        if asked != "auto":
+            return str(find_checkpoint(Path(asked)))
+        newest, reasons = newest_valid(directory)
+        for reason in reasons:
+            print(f"passed over a checkpoint: {reason}", flush=True)
+        return str(newest or "")
+
+    found = broadcast_text(_on_all(decide))
+    return _on_all(lambda: Checkpoint(Path(found))) if found else None
+
+
+def _prepare_directory(config: Config, filled: dict[str, Any], directory: Path, start: int) -> None:
+    """The run directory, its resolved configurations, and its logs cut back to the step that is resumed from."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(to_yaml(config))
+    (directory / "ds_config.json").write_text(json.dumps(filled, indent=2) + "\n")
+    drop_later_lines(directory / "quarantine.jsonl", start)
+
+
+def _restore(run: Run, resumed: Checkpoint | None) -> None:
+    """Load what the run resumes from or starts from, and say so."""
+    config, say = run.config, run.world.is_main
+    if resumed is not None:
+        run.progress = load(resumed, run.engine, run.teacher)
+        if say:
+            print(f"resumed from {resumed.directory} (step {run.progress.step})", flush=True)
+            if resumed.index.state["data_fingerprint"] != run.loader.fingerprint:
+                print("data.shards: not the shards that this run was started on, so its order changes", flush=True)
+    elif config.train.init is not None:
+        source = _on_all(lambda: Checkpoint(find_checkpoint(Path(config.train.init))))
+        result = initialise_from(source, run.engine, run.teacher)
+        if say:
+            print(f"weights from {source.directory}: {len(result['matched'])} parameters matched", flush=True)
+            for kind in ("missing", "unused"):
+                if result[kind]:
+                    print(f"  {kind}: {', '.join(result[kind])}", flush=True)

@@ -1,0 +1,69 @@
+"""One optimizer step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megad2v.engine.distributed import World, sum_over_ranks
+from megad2v.engine.setup import TrainingEngine
+from megad2v.metrics.statistics import StepStatistics
+from megad2v.modalities.batch import Batch
+from megad2v.teacher.ema import ShardedTeacher
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Global counts of one step, known before its first backward."""
+
+    masked: int
+    samples: int
+    dropped: int
+
+
+def count_step(batches: Sequence[Batch], world: World) -> StepCounts:
+    """The step's masked positions, samples and dropped samples over all ranks: one all-reduce of three integers."""
+    counts = torch.zeros(3, dtype=torch.int64)
+    for batch in batches:
+        counts += torch.tensor([batch.masked_count(), len(batch.sample_ids), len(batch.dropped)])
+    return StepCounts(*sum_over_ranks(counts.to(world.device)).tolist())
+
+
+def seed_forward(seed: int, step: int, micro_batch: int) -> None:
+    """Seed dropout, drop path and shuffling from the micro-batch's place in the step, so that they depend neither on
+    the number of ranks nor on restarts."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def take_step(
+    engine: TrainingEngine,
+    teacher: ShardedTeacher,
+    batches: Sequence[Batch],
+    counts: StepCounts,
+    *,
+    world: World,
+    seed: int,
+    step: int,
+    learning_rate: float,
+    decay: float,
+    statistics: StepStatistics | None,
+) -> bool:
+    """Forward and backward of this rank's micro-batches, update, EMA. False where the update was not finite and was
+    skipped: then neither weights nor teacher have changed. Collective, the same on every rank.
+    """
+    for place, batch in enumerate(batches):
+        seed_forward(seed, step, world.rank + place * world.size)
+        batch = batch.to(world.device)
+        loss_sum, prediction_nd, target_nd = engine.forward(batch.inputs, batch.mask_bmt, batch.padding_bt)
+        engine.backward(loss_sum, counts.masked)
+        if statistics is not None:
+            statistics.add(loss_sum, prediction_nd, target_nd)
+    taken = engine.step(learning_rate)
+    if taken:
+        teacher.update(decay)
+        teacher.refresh()
+    return taken
