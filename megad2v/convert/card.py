@@ -1,0 +1,150 @@
+"""README.md of an export: what the model is, how to load it, and the run that it comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megad2v.checkpoint.reader import Checkpoint
+from megad2v.config.schema import Config
+
+SECTIONS = ("model", "vision", "augment", "mask", "targets", "loss", "teacher", "optimizer", "schedule")
+"""What describes the model and its training. The others hold paths of the machine it ran on."""
+
+WEIGHTS_TEXT = {
+    "student": "the student, which the optimizer trained (what the released data2vec models hold)",
+    "teacher": "the teacher, the student's moving average",
+}
+
+_TEMPLATE = """\
+---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags:
+- data2vec
+- data2vec-vision
+- self-supervised
+---
+
+# data2vec {modality} encoder, {width} channels, {depth} blocks
+
+{parameters:,} parameters in float32, pretrained without labels by [data2vec](https://arxiv.org/abs/2202.03555).
+It has no classifier: use its features, or fine-tune it. These weights are {weights}{shared}.
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+folder = "."  # this folder
+processor = AutoImageProcessor.from_pretrained(folder)
+model = AutoModel.from_pretrained(folder).eval()
+output = model(**processor(Image.open("picture.jpg"), return_tensors="pt")).last_hidden_state
+features = output[:, 1:].mean(dim=1)  # token 0 is CLS, which pretraining gives no target: prefer the patches' mean
+```
+
+To fine-tune a classifier on the mean of the patches, as data2vec was evaluated, say
+`AutoModelForImageClassification.from_pretrained(folder, num_labels=N, use_mean_pooling=True)`: the norm behind the mean
+starts new, and the encoder's own final norm is left out. Without `use_mean_pooling` the classifier reads the CLS token.
+
+## Agreement with the model that was trained
+
+Every hidden state was compared on random input: largest difference {max_abs:.1e} in float32 (relative {relative:.1e},
+allowed {tolerance:g}), relative {relative_float64:.1e} in float64. Layer by layer: `parity.json`.
+
+## The run
+
+| | |
+|---|---|
+{rows}
+
+<details><summary>Configuration</summary>
+
+```json
+{config}
+```
+
+</details>
+"""
+
+
+def model_card(checkpoint: Checkpoint, config: Config, weights: str, parameters: int, parity: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that Hugging Face's hub reads."""
+    shared = " (with the student's own front end)" if weights == "teacher" and config.teacher.scope == "encoder" else ""
+    tree = dataclasses.asdict(config)
+    sections = {name: tree[name] for name in SECTIONS if name in tree}
+    return _TEMPLATE.format(
+        modality=config.modality,
+        width=config.model.width,
+        depth=config.model.depth,
+        parameters=parameters,
+        weights=WEIGHTS_TEXT[weights],
+        shared=shared,
+        max_abs=parity["max_abs"],
+        relative=parity["relative"],
+        relative_float64=parity["relative_float64"],
+        tolerance=parity["tolerance"],
+        rows="\n".join(f"| {name} | {value} |" for name, value in _facts(checkpoint, config, parity).items()),
+        config=json.dumps(sections, indent=1),
+    )
+
+
+def _facts(checkpoint: Checkpoint, config: Config, parity: Mapping[str, Any]) -> dict[str, str]:
+    index, train = checkpoint.index, config.train
+    facts = {
+        "updates": f"{index.step:,} of {train.steps:,}",
+        "micro-batches per update": f"{train.micro_batches_per_step}, each {_budget(config)}",
+        "objective": f"{config.targets.tensor} outputs of the teacher's last {config.targets.layers} blocks",
+        "seed": str(train.seed),
+    }
+    training, validation = last_metrics(checkpoint.directory.parent.parent / "metrics.jsonl", index.step)
+    for title, line in (("training", training), ("validation", validation)):
+        for key, value in line.items():
+            if key in _SHOWN and value is not None:
+                facts[f"{_SHOWN[key]} ({title}, step {line['step']:,})"] = _number(value)
+    facts["trained with"] = _listed(index.code)
+    facts["layout"] = _listed(index.layout)
+    facts["exported with"] = _listed(parity["versions"])
+    return facts
+
+
+_SHOWN = {
+    "samples": "samples",
+    "epoch": "epoch",
+    "loss": "loss",
+    "target_std": "standard deviation of targets",
+    "pred_std": "standard deviation of predictions",
+    "valid_loss": "loss",
+    "valid_retrieval": "masked-target retrieval accuracy",
+}
+
+
+def last_metrics(path: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last training and the last validation line of a metrics.jsonl up to `step`; {} where there is none."""
+    training: dict[str, Any] = {}
+    validation: dict[str, Any] = {}
+    with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
+        for text in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave half a line
+                line = json.loads(text)
+                if line["step"] <= step and "loss" in line:
+                    training = line
+                if line["step"] <= step and "valid_loss" in line:
+                    validation = {k: v for k, v in line.items() if k == "step" or k.startswith("valid_")}
+    return {k: v for k, v in training.items() if not k.startswith("valid_")}, validation
+
+
+def _budget(config: Config) -> str:
+    budget = {name: n for name, n in dataclasses.asdict(config.data.micro_batch).items() if n is not None}
+    return ", ".join(f"{n} {name}" for name, n in budget.items())
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or "unknown"

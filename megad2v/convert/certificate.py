@@ -1,0 +1,144 @@
+"""The certificate of an export: what transformers loads from the folder computes what our model computes.
+
+Two runs over the same random input. In float32, as people use it, differences are rounding, and rounding hides whatever
+a small layer scale shrinks or large activations drown. In float64 the two agree to some 1e-13 or a weight is wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import megad2v
+from megad2v.errors import UserError
+from megad2v.models.data2vec import Student
+
+TOLERANCE = 1e-5
+"""float32: largest difference over max(1, largest value of the layer)."""
+TOLERANCE_FLOAT64 = 1e-9
+"""float64: largest difference over the largest value of the layer."""
+SEED = 20220207
+
+
+class CertificateError(Exception):
+    """The exported model does not compute what ours computes."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """One hidden state of both models."""
+
+    name: str
+    """input, block 1 ..., output (behind the final norm)."""
+    largest: float
+    """Largest absolute value of ours."""
+    max_abs: float
+    """float32: largest absolute difference."""
+    relative: float
+    """float32: the same over max(1, largest)."""
+    relative_float64: float
+    """float64: largest absolute difference over the largest value."""
+
+    @property
+    def holds(self) -> bool:
+        """Within tolerance; NaN is not."""
+        return self.relative <= TOLERANCE and self.relative_float64 <= TOLERANCE_FLOAT64
+
+
+def require_transformers() -> ModuleType:
+    """transformers, or a UserError that says what to install."""
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise UserError(
+            f"Hugging Face's transformers is needed here ({error}); pip install 'megad2v[hf]' or transformers"
+        ) from None
+
+
+def certify(folder: Path, student: Student, keys: ModuleType, config: Any) -> dict[str, Any]:
+    """Load `folder` as anyone would, without a network, and compare every hidden state with `student`'s.
+
+    `keys` is the modality's key map. Returns the content of parity.json. Raises CertificateError naming the first
+    layer, or the parameters that transformers did not find or did not know.
+    """
+    transformers = require_transformers()
+    model = _load(transformers, folder, keys.MODEL_CLASS)
+    example = keys.example(config, torch.Generator().manual_seed(SEED))
+    single = _compare(student, model, example)
+    try:
+        double = _compare(student.double(), model.double(), _double(example))
+    finally:
+        student.float()  # exact: these values came from float32
+    layers = [
+        LayerDifference(name, largest, difference, difference / max(1.0, largest), exact / max(scale, 1e-30))
+        for (name, largest, difference), (_, scale, exact) in zip(single, double, strict=True)
+    ]
+    failed = [layer for layer in layers if not layer.holds]
+    if failed:
+        first = failed[0]
+        raise CertificateError(
+            f"the exported model differs from ours from {first.name} on: {first.relative:.1e} in float32 (allowed "
+            f"{TOLERANCE:g}), {first.relative_float64:.1e} in float64 (allowed {TOLERANCE_FLOAT64:g})"
+        )
+    return {
+        "passed": True,
+        "tolerance": TOLERANCE,
+        "tolerance_float64": TOLERANCE_FLOAT64,
+        "max_abs": max(layer.max_abs for layer in layers),
+        "relative": max(layer.relative for layer in layers),
+        "relative_float64": max(layer.relative_float64 for layer in layers),
+        "input": f"{tuple(example.inputs.shape)} normal noise from seed {SEED}; half the positions of row 1 masked",
+        "layers": [asdict(layer) for layer in layers],
+        "versions": versions(transformers),
+    }
+
+
+def versions(*modules: ModuleType) -> dict[str, str]:
+    """What computed: megad2v, Python, torch and `modules`."""
+    found = {module.__name__: module.__version__ for module in (megad2v, torch, *modules)}
+    return {"python": platform.python_version(), **found}
+
+
+def _load(transformers: ModuleType, folder: Path, expected: str) -> nn.Module:
+    model, info = transformers.AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    if type(model).__name__ != expected:
+        raise CertificateError(f"transformers loads a {type(model).__name__} instead of a {expected}")
+    odd = {what: sorted(map(str, names)) for what, names in info.items() if names and what != "error_msgs"}
+    if odd or info.get("error_msgs"):
+        raise CertificateError(f"transformers does not load the weights as they are: {odd or info['error_msgs']}")
+    return model.eval()
+
+
+def _double(example: Any) -> Any:
+    """The example with its floating-point tensors in float64."""
+
+    def double(value: Tensor) -> Tensor:
+        return value.double() if value.is_floating_point() else value
+
+    arguments = {name: double(value) for name, value in example.arguments.items()}
+    return example._replace(inputs=double(example.inputs), arguments=arguments)
+
+
+@torch.no_grad()
+def _compare(student: Student, model: nn.Module, example: Any) -> list[tuple[str, float, float]]:
+    """(name, largest absolute value of ours, largest absolute difference) of each hidden state, bottom up."""
+    student.eval()
+    x_btd, _ = student.front_end(example.inputs, example.mask_bt)
+    output_btd, blocks_btd = student.encoder(x_btd, last=len(student.encoder.blocks), tensor="block")
+    ours = [x_btd, *blocks_btd, output_btd]
+    result = model(**example.arguments, output_hidden_states=True)
+    theirs = [*result.hidden_states, result.last_hidden_state]
+    names = ["input", *(f"block {number}" for number in range(1, len(blocks_btd) + 1)), "output"]
+    return [
+        (name, float(our.abs().max()), float((our - their).abs().max()))
+        for name, our, their in zip(names, ours, theirs, strict=True)
+    ]

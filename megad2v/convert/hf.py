@@ -1,0 +1,112 @@
+"""From a checkpoint to a folder that Hugging Face loads, certified before it gets its name.
+
+OUTPUT/
+  model.safetensors          weights, float32
+  config.json                what AutoModel builds
+  preprocessor_config.json   what AutoImageProcessor does to an image
+  parity.json                the certificate: differences per layer, tolerances, versions
+  README.md                  the model card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from safetensors.torch import save_file
+
+from megad2v.checkpoint.layout import file_digest
+from megad2v.checkpoint.reader import Checkpoint
+from megad2v.convert.card import model_card
+from megad2v.convert.certificate import certify, require_transformers
+from megad2v.convert.load import Weights, checkpoint_config, load_encoder
+from megad2v.errors import UserError
+from megad2v.modalities.vision import hf_keys as vision
+
+KEY_MAPS: dict[str, ModuleType] = {"vision": vision}
+"""How each modality's model is called there: see modalities/vision/hf_keys.py for what a key map offers."""
+
+CERTIFICATE = "parity.json"
+
+
+def export(
+    checkpoint: Checkpoint, output: Path, *, weights: Weights = "student", overwrite: bool = False
+) -> dict[str, Any]:
+    """Write `output` and return its certificate. All of it appears at once, and only when the certificate holds.
+
+    Raises UserError when `output` is in use, transformers is missing, or the model has no counterpart there;
+    CertificateError when the loaded export computes something else; OSError when the disk refuses.
+    """
+    check_output(output, overwrite=overwrite)
+    require_transformers()
+    config = checkpoint_config(checkpoint)
+    keys = KEY_MAPS[config.modality]
+    keys.check(config)
+    student = load_encoder(checkpoint, weights)
+    with written_aside(output) as aside:
+        state = keys.to_hugging_face(dict(student.named_parameters()), config)
+        parameters = sum(tensor.numel() for tensor in state.values())
+        _write_json(aside / "config.json", keys.model_config(config))
+        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # safetensors lets only its owner read it
+        del state
+        _write_json(aside / "preprocessor_config.json", keys.processor_config(config))
+        parity = {
+            **certify(aside, student, keys, config),
+            "weights": weights,
+            "step": checkpoint.index.step,
+            "sha256": {"model.safetensors": file_digest(aside / "model.safetensors")},
+        }
+        _write_json(aside / CERTIFICATE, parity)
+        card = model_card(checkpoint, config, weights, parameters, parity)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+    return parity
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises UserError unless `output` is new, an empty folder, or (with `overwrite`) an earlier export."""
+    parent = _existing_parent(Path(os.path.abspath(output)))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{output}: cannot be made, since {parent} is not a folder that may be written to")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / CERTIFICATE).is_file():
+        raise UserError(f"{output}: exists and is not an export of ours; name a new folder")
+    if not overwrite:
+        raise UserError(f"{output}: an earlier export lies there; name a new folder, or give --overwrite to replace it")
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.exists())
+
+
+@contextmanager
+def written_aside(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that becomes it when the block ends well, and vanishes when it does not."""
+    output = Path(os.path.abspath(output))
+    anchor = _existing_parent(output)  # so that a failure leaves no empty parents behind either
+    aside = anchor / f".writing_{output.name}_{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        yield aside
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not output.exists():
+            aside.rename(output)
+            return
+        replaced = anchor / f".replaced_{output.name}_{os.getpid()}"
+        output.rename(replaced)
+        aside.rename(output)
+        shutil.rmtree(replaced)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

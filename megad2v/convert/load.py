@@ -1,0 +1,79 @@
+"""From a checkpoint to a model on one CPU process, tensor by tensor, whatever layout wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megad2v.checkpoint.catalog import find_checkpoint
+from megad2v.checkpoint.reader import Checkpoint
+from megad2v.config.schema import Config
+from megad2v.config.tree import config_from_dict
+from megad2v.errors import UserError
+from megad2v.modalities.build import build_student
+from megad2v.models.data2vec import Student
+
+Weights = Literal["student", "teacher"]
+WEIGHTS: tuple[Weights, ...] = ("student", "teacher")
+"""student: what the optimizer trained, and what the released data2vec files hold. teacher: its moving average."""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that `path` means (a run, or one of its checkpoints/step_XXXXXXXX), every checksum compared.
+
+    Raises UserError where there is none, or it is damaged.
+    """
+    directory = find_checkpoint(path)
+    checkpoint = Checkpoint(directory)
+    if directory == path:  # find_checkpoint has compared them in a run directory
+        checkpoint.verify()
+    return checkpoint
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> Config:
+    """The configuration of the run that wrote the checkpoint. Raises UserError when this version cannot read it."""
+    try:
+        return config_from_dict(checkpoint.index.config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.directory}: its configuration is of another version ({error})") from None
+
+
+def load_encoder(checkpoint: Checkpoint, weights: Weights) -> Student:
+    """The model of a checkpoint in eval mode, float32 on the CPU, without gradients.
+
+    "teacher" replaces what the teacher averages (the encoder, and the front end where teacher.scope is "model"); the
+    rest, the regression head included, is the student's: the front end that the teacher saw in training is the
+    student's own. Memory: the model and one tensor. Raises UserError when the checkpoint does not fit its own
+    configuration.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights}")
+    config = checkpoint_config(checkpoint)
+    student = build_student(config).eval().requires_grad_(False)
+    shapes = checkpoint.index.shapes
+    parameters = dict(student.named_parameters())
+    if parameters.keys() != shapes.keys():
+        odd = ", ".join(sorted(parameters.keys() ^ shapes.keys())[:3])
+        raise UserError(f"{checkpoint.directory}: its parameters are not those of its configuration ({odd}, ...)")
+    averaged = _averaged(checkpoint, config, student) if weights == "teacher" else set()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if list(parameter.shape) != shapes[name]:
+                raise UserError(
+                    f"{checkpoint.directory}: {name} has shape {shapes[name]}, its configuration says "
+                    f"{list(parameter.shape)}"
+                )
+            parameter.copy_(checkpoint.full("teacher" if name in averaged else "student", name))
+    return student
+
+
+def _averaged(checkpoint: Checkpoint, config: Config, student: Student) -> set[str]:
+    """Names of what the teacher averages, all of which the checkpoint has to hold."""
+    parts = ("encoder.", "front_end.") if config.teacher.scope == "model" else ("encoder.",)
+    names = {name for name, _ in student.named_parameters() if name.startswith(parts)}
+    missing = sorted(names - set(checkpoint.names("teacher")))
+    if missing:
+        raise UserError(f"{checkpoint.directory}: holds no teacher weights of {missing[0]}; use weights student")
+    return names
