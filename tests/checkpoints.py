@@ -1,0 +1,89 @@
+"""Small models and checkpoints for tests, without a training run or a process group."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megad2v.checkpoint.catalog import step_directory
+from megad2v.checkpoint.layout import INDEX, FileRecord, Index, Piece, file_digest
+from megad2v.config.schema import Config, ModelConfig, TeacherConfig, TrainConfig, VisionConfig
+from megad2v.modalities.build import build_student, build_teacher
+from megad2v.models.initialise import initialise_
+
+
+def small_config(*, scope: str = "encoder", seed: int = 3, **model: Any) -> Config:
+    """A vision model of 20,000 parameters whose tensors have odd sizes."""
+    shape = {"width": 24, "depth": 3, "heads": 3, "mlp_ratio": 2.0, **model}
+    return Config(
+        model=ModelConfig(**shape),
+        vision=VisionConfig(image_size=32, patch_size=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
+        teacher=TeacherConfig(scope=scope),
+        train=TrainConfig(seed=seed),
+    )
+
+
+def perturb_(model: nn.Module, seed: int) -> nn.Module:
+    """Move every parameter off its initial value: a norm of ones, a bias of zeros hide mistakes. In eval mode."""
+    initialise_(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def small_state(config: Config) -> dict[str, dict[str, Tensor]]:
+    """Tensors by kind and name, student and teacher different everywhere."""
+    kinds = {"student": perturb_(build_student(config), 1), "teacher": perturb_(build_teacher(config), 2)}
+    return {kind: {name: p.clone() for name, p in model.named_parameters()} for kind, model in kinds.items()}
+
+
+def cut(state: Mapping[str, Mapping[str, Tensor]], ranks: int, seed: int = 0) -> list[list[Piece]]:
+    """Every tensor flattened and cut at random places into at most `ranks` pieces, one rank each."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces: list[list[Piece]] = [[] for _ in range(ranks)]
+    for kind, tensors in state.items():
+        for name, value in tensors.items():
+            inner = torch.randint(0, value.numel() + 1, (ranks - 1,), generator=generator).sort().values.tolist()
+            for rank, (start, end) in enumerate(zip([0, *inner], [*inner, value.numel()], strict=True)):
+                if start < end:
+                    pieces[rank].append(Piece(kind, name, start, value.flatten()[start:end].clone()))
+    return pieces
+
+
+def index_fields(config: Config, shapes: Mapping[str, Iterable[int]], step: int) -> dict[str, Any]:
+    """The fields of an Index besides its files."""
+    return {
+        "step": step,
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "state": {},
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "layout": {"ranks": 3, "stage": 3},
+        "code": {"megad2v": "test"},
+    }
+
+
+def write_small_checkpoint(
+    run: Path, config: Config, state: Mapping[str, Mapping[str, Tensor]], *, step: int = 7, ranks: int = 3
+) -> Path:
+    """A checkpoint as `ranks` ranks would have left it, written by this process alone. Returns its directory."""
+    directory = step_directory(run, step)
+    directory.mkdir(parents=True)
+    records = []
+    for rank, pieces in enumerate(cut(state, ranks, seed=step)):
+        path = directory / f"rank{rank:05d}.safetensors"
+        save_file({piece.key: piece.values for piece in pieces}, path)
+        fragments = [(piece.kind, piece.name, piece.start, piece.values.numel()) for piece in pieces]
+        records.append(FileRecord(path.name, path.stat().st_size, file_digest(path), fragments))
+    shapes = {name: tuple(value.shape) for name, value in state["student"].items()}
+    (directory / INDEX).write_text(Index(files=records, **index_fields(config, shapes, step)).dumps())
+    (run / "checkpoints" / "latest").write_text(directory.name + "\n")
+    return directory

@@ -1,0 +1,124 @@
+"""What the layout tests train: a tiny model on synthetic micro-batches that are pure in (step, micro-batch).
+
+`plain_run` is the independent reference: vanilla modules, torch's AdamW, one process, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megad2v.config.deepspeed_json import fill_deepspeed, read_deepspeed_json
+from megad2v.config.schema import (
+    Config,
+    DataConfig,
+    MicroBatchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TargetsConfig,
+    TeacherConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from megad2v.modalities.batch import Batch
+from megad2v.modalities.build import build_student, build_teacher
+from megad2v.models.initialise import initialise_
+from megad2v.teacher.schedule import decay_at
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SAMPLES, PIXELS, PATCH = 3, 24, 8
+GRID = PIXELS // PATCH
+
+
+def tiny_config(*, micro_batches: int = 4, decay: float = 0.9, steps: int = 20, scope: str = "encoder") -> Config:
+    """Two narrow blocks; layer scale 0.5 and Adam's eps 1e-6, so that gradients are not lost in rounding."""
+    return Config(
+        model=ModelConfig(width=24, depth=2, heads=3, layer_scale=0.5, head_layers=1),
+        vision=VisionConfig(image_size=PIXELS, patch_size=PATCH),
+        targets=TargetsConfig(layers=2),
+        teacher=TeacherConfig(decay_start=decay, decay_end=0.99, decay_steps=steps, scope=scope),
+        optimizer=OptimizerConfig(lr=1e-3, eps=1e-6, clip=0.5),
+        data=DataConfig(micro_batch=MicroBatchConfig(samples=SAMPLES)),
+        train=TrainConfig(micro_batches_per_step=micro_batches, steps=steps),
+    )
+
+
+def micro_batch(step: int, m: int) -> Batch:
+    """Images and masks whose counts of hidden patches differ between micro-batches."""
+    generator = torch.Generator().manual_seed(1000 * step + m)
+    images = torch.randint(0, 256, (SAMPLES, 3, PIXELS, PIXELS), generator=generator, dtype=torch.uint8)
+    mask = torch.zeros(SAMPLES, 1, GRID * GRID, dtype=torch.bool)
+    for row in range(SAMPLES):
+        count = 1 + (step + 2 * m + row) % (GRID * GRID - 2)
+        mask[row, 0, torch.randperm(GRID * GRID, generator=generator)[:count]] = True
+    return Batch("vision", images, mask, sample_ids=tuple(f"s{step}-{m}-{row}" for row in range(SAMPLES)))
+
+
+def deepspeed_config(config: Config, layout: str, world: int, persistence: int | None = None) -> dict[str, Any]:
+    """The filled JSON of ds_configs/`layout`.json, in float32."""
+    ds = read_deepspeed_json(REPOSITORY / "ds_configs" / f"{layout}.json")
+    if persistence is not None:
+        ds["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
+    return fill_deepspeed(ds, config, precision="fp32", data_parallel=world)
+
+
+def plain_run(config: Config, steps: int) -> dict[str, Any]:
+    """Step-1 gradients (before clipping), loss and gradient norm per step, final student and teacher; float64."""
+    student, teacher = build_student(config), build_teacher(config)
+    initialise_(student, config.train.seed)
+    student, teacher = student.double(), teacher.double()
+    names = dict(teacher.named_parameters())
+    teacher.load_state_dict({n: p for n, p in student.state_dict().items() if n in names}, strict=False)
+    o = config.optimizer
+    adamw = torch.optim.AdamW(student.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        batches = [micro_batch(step, m) for m in range(config.train.micro_batches_per_step)]
+        count = sum(batch.masked_count() for batch in batches)
+        total = 0.0
+        for batch in batches:
+            images = (batch.inputs.double() / 255 - 0.5) / 0.5
+            loss = _forward_double(student, images, batch.mask_bmt, teacher) / count
+            loss.backward()
+            total += float(loss.detach())
+        if step == 0:
+            gradients = {n: p.grad.clone() for n, p in student.named_parameters()}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), o.clip)))
+        losses.append(total)
+        adamw.step()
+        adamw.zero_grad()
+        t = config.teacher
+        decay = decay_at(step + 1, start=t.decay_start, end=t.decay_end, steps=t.decay_steps)
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                if name in names:
+                    names[name].mul_(decay).add_(parameter, alpha=1 - decay)
+    return {
+        "losses": losses,
+        "norms": norms,
+        "gradients": gradients,
+        "student": {n: p.detach().clone() for n, p in student.named_parameters()},
+        "teacher": {n: p.detach().clone() for n, p in names.items()},
+    }
+
+
+def _forward_double(student: Any, images: torch.Tensor, mask: torch.Tensor, teacher: Any) -> torch.Tensor:
+    """The objective in float64 throughout: the model's own forward casts targets and loss to float32."""
+    masked, clean = student.front_end(images, mask[:, 0])
+    with torch.no_grad():
+        if teacher.front_end is not None:
+            clean = teacher.front_end(images, None)[1]
+        _, layers = teacher.encoder(clean.detach(), last=student.spec.layers, tensor=student.spec.tensor)
+        average = sum(layer[:, 1:] for layer in layers) / len(layers)
+        targets = torch.nn.functional.layer_norm(average, average.shape[-1:], eps=1e-5)
+    predictions = student.head(student.encoder(masked)[0][:, 1:][mask[:, 0]])
+    error = torch.nn.functional.smooth_l1_loss(predictions, targets[mask[:, 0]], beta=2.0, reduction="sum")
+    return error / images.new_tensor(predictions.shape[-1]).sqrt()
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """The same configuration over another number of steps."""
+    return replace(config, train=replace(config.train, steps=steps))

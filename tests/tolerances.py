@@ -1,0 +1,26 @@
+"""Every tolerance of the suite, with its reason."""
+
+REFERENCE = 1e-6
+"""Relative, float32: intermediates, loss, predictions, targets and the EMA step against the reference vectors.
+Two float32 programs that sum in another order differ by some 1e-7; any wrong formula shows above 1e-5."""
+
+REFERENCE_GRADIENT = 4e-5
+"""Relative, per tensor norm: what an independent plain-torch computation reaches against the vectors (spec section 10)."""
+
+HUGGING_FACE = 1e-5
+"""Max abs difference of float32 hidden states of order one through all layers (invariant 7)."""
+
+TEACHER = 1e-6
+"""Relative error of the float32 sharded average against a float64 oracle after 1,000 steps (invariant 1)."""
+
+STEP_GRADIENT = 1e-5
+"""Relative norm per tensor between layouts at step 1 (invariant 2): other orders of summation."""
+
+STEP_GRADIENT_ABS = 1e-7
+"""Absolute floor for tensors whose true gradient vanishes, where only rounding is left."""
+
+CURVE = 1e-5
+"""Relative difference of the loss over 20 steps between layouts (invariant 2)."""
+
+FINAL_WEIGHTS = 1e-4
+"""Relative norm per tensor between layouts after 20 steps (invariant 2): Adam amplifies rounding."""
