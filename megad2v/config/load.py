@@ -58,12 +58,14 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     except ArgumentError as error:
         raise UserError(_one_line(str(error))) from None
     fields = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(Config)}
+    if namespace.deepspeed is None and not namespace.print_config:
+        raise UserError("--deepspeed: not given; name a DeepSpeed JSON, such as --deepspeed ds_configs/zero3.json")
     config = Config(**fields)
     validate(config)
     names = [Path(source).stem if Path(source) in recipes().values() else source for source in sources]
     return CommandLine(
         config=config,
-        deepspeed=namespace.deepspeed,
+        deepspeed=namespace.deepspeed or "",
         recipe=" + ".join(names),
         check=namespace.check,
         print_config=namespace.print_config,
@@ -107,7 +109,7 @@ def _parser() -> ArgumentParser:
             f"Recipes: {', '.join(sorted(recipes()))}."
         ),
     )
-    parser.add_argument("--deepspeed", required=True, metavar="JSON", help="DeepSpeed configuration, as in ds_configs/")
+    parser.add_argument("--deepspeed", default=None, metavar="JSON", help="DeepSpeed configuration, as in ds_configs/")
     parser.add_argument(
         "--config",
         action="config",

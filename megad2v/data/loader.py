@@ -43,7 +43,7 @@ class TrainingLoader:
         _check_workers(data.workers)
         self._share = rank_share(train.micro_batches_per_step, rank, world)
         samples = micro_batch_samples(data)
-        self._shards = ShardSet(_pattern(data.shards, "data.shards", config.modality), config.modality)
+        self._shards = _open_shards(data.shards, "data.shards", config.modality)
         order = SampleOrder(self._shards.shard_sizes, seed=train.seed, window=data.window)
         self.plan = Plan(order, samples=samples, micro_batches=train.micro_batches_per_step)
         self.samples_per_step = self.plan.samples_per_step
@@ -127,7 +127,7 @@ def validation_batches(config: Config, *, rank: int, world: int) -> FiniteBatche
     """
     size = micro_batch_samples(config.data)
     _check_workers(config.data.workers)
-    shards = ShardSet(_pattern(config.data.valid, "data.valid", config.modality), config.modality)
+    shards = _open_shards(config.data.valid, "data.valid", config.modality)
     plan = _in_order(len(shards), size)
     plan += [[]] * (-len(plan) % world)
     return FiniteBatches(shards, _transform(config, "valid"), plan[rank::world], config.data.workers)
@@ -175,6 +175,14 @@ def _in_order(total: int, size: int) -> list[list[Row]]:
 
 def _transform(config: Config, mode: Mode) -> Transform:
     return TRANSFORMS[config.modality](config, mode)
+
+
+def _open_shards(value: str | Mapping[str, str] | None, key: str, modality: str) -> ShardSet:
+    """The shards that configuration key `key` names; what is wrong with them is said of the key."""
+    try:
+        return ShardSet(_pattern(value, key, modality), modality)
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}") from None
 
 
 def _pattern(value: str | Mapping[str, str] | None, key: str, modality: str) -> str:

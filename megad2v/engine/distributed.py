@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,14 @@ def stop() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def abandon(exit_code: int) -> NoReturn:
+    """Leave at once, without the others: they are, or will be, in a collective that this rank cannot join. The
+    launcher ends them. Ordinary interpreter shutdown would abort in the process group's threads instead."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def together(action: Callable[[], Any], *, errors: tuple[type[Exception], ...], raises: type[Exception]) -> list[Any]:

@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from megad2v.models.layers import APEX_LAYER_NORM
 
 def versions() -> dict[str, str]:
     """Versions of what computes, and the project's git revision where it runs from a checkout."""
-    import deepspeed
     import PIL
 
     pillow = "pillow-simd" if ".post" in PIL.__version__ else "Pillow"
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
         "git": git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": version("deepspeed"),
         "image decoder": f"{pillow} {PIL.__version__}",
     }
 

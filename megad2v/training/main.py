@@ -18,6 +18,7 @@ from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.deepspeed_json import read_deepspeed_json, refuse_unsupported
 from megad2v.config.load import parse_command_line, to_yaml
 from megad2v.config.schema import Config, TrainConfig
+from megad2v.data.workers import WorkerDied
 from megad2v.engine import distributed
 from megad2v.engine.distributed import World, broadcast_text
 from megad2v.errors import UserError
@@ -46,11 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check(config, ds, world, recipe=command.recipe)
         else:
             pretrain(config, ds, world, recipe=command.recipe)
-        distributed.stop()
     except UserError as error:
         if rank == 0 or error.on_one_rank:
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
+        if error.on_one_rank:
+            distributed.abandon(error.exit_code)
+        distributed.stop()  # all ranks are here: none leaves before rank 0 has spoken
         return error.exit_code
+    except WorkerDied as error:
+        print(f"pretrain: error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        distributed.abandon(1)
+    distributed.stop()
     return 0
 
 
@@ -74,6 +81,11 @@ def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -
     run = set_up(config, ds, world, recipe=recipe)
     try:
         train(run)
+    except RuntimeError as error:  # torch reports a dead worker from a signal handler, anywhere in the step
+        reason = run.loader.explain(error)
+        if reason is None:
+            raise
+        raise WorkerDied(reason) from None
     finally:
         run.close()
     if world.is_main:

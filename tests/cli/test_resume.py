@@ -1,0 +1,91 @@
+"""A run that was interrupted is the same run: weights, moments, teacher, curve, and what it consumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megad2v.checkpoint.reader import Checkpoint
+from tests.cli.conftest import TINY
+from tests.distributed.harness import REPOSITORY, run_command
+
+STEPS = 8
+
+
+def _train(shards: Path, output: Path, layout: str) -> str:
+    command = ["deepspeed", "--num_gpus", "2", "launch/pretrain.py", "--deepspeed", f"ds_configs/{layout}.json", *TINY]
+    command += ["--data.shards", str(shards / "train"), "--data.valid", str(shards / "valid"), "--data.trace", "true"]
+    command += ["--train.steps", str(STEPS), "--train.save_every", "4", "--train.log_every", "1"]
+    # Dropout and drop path on, so that a generator that is not a pure function of the step shows.
+    command += ["--model.dropout", "0.1", "--model.drop_path", "0.2", "--train.output_dir", str(output)]
+    done = run_command(command, timeout=110, cwd=REPOSITORY, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    times = {"step_seconds", "data_seconds", "tokens_per_second", "mfu"}
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("layout", ["zero1", "zero3"])
+def test_resumed_after_a_damaged_checkpoint_equals_uninterrupted(
+    layout: str, demo_shards: Path, tmp_path: Path
+) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    _train(demo_shards, whole, layout)
+    shutil.copytree(whole, again)
+    last = again / "checkpoints" / f"step_{STEPS:08d}"
+    damaged = last / "rank00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+
+    said = _train(demo_shards, again, layout)
+    assert f"passed over a checkpoint: {damaged}" in said and "checksum" in said
+    assert "(step 4)" in said
+
+    first, second = (Checkpoint(run / "checkpoints" / last.name) for run in (whole, again))
+    second.verify()
+    for kind in ("student", "teacher", "exp_avg", "exp_avg_sq"):
+        assert first.names(kind) == second.names(kind) != []
+        for name, tensor in first.tensors(kind):
+            assert torch.equal(tensor, second.full(kind, name)), f"{kind} {name}"
+    assert first.index.state == second.index.state
+    assert _without_times(_lines(whole / "metrics.jsonl")) == _without_times(_lines(again / "metrics.jsonl"))
+    for rank in range(2):
+        assert _lines(whole / "trace" / f"rank{rank}.jsonl") == _lines(again / "trace" / f"rank{rank}.jsonl")
+
+
+@pytest.mark.timeout(150)
+def test_run_directory_holds_what_scripts_rely_on(demo_shards: Path, tmp_path: Path) -> None:
+    """DESIGN section 4."""
+    _train(demo_shards, tmp_path / "run", "zero2")
+    run = tmp_path / "run"
+    assert (run / "config.yaml").exists() and (run / "ds_config.json").exists()
+    assert json.loads((run / "ds_config.json").read_text())["train_batch_size"] == 8
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{STEPS:08d}"
+    assert list((run / "tensorboard").glob("events*"))
+    steps = [line for line in _lines(run / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    keys = "epoch samples loss lr ema_decay grad_norm target_std pred_std step_seconds data_seconds tokens_per_second"
+    for line in steps:
+        assert set(keys.split()) | {"mfu", "modality"} <= set(line)
+    assert steps[-1]["samples"] == STEPS * 8
+    (valid,) = (line for line in _lines(run / "metrics.jsonl") if "valid_loss" in line)
+    assert 0 <= valid["valid_retrieval"] <= 1
+    consumed = [line for rank in range(2) for line in _lines(run / "trace" / f"rank{rank}.jsonl")]
+    assert sorted((line["step"], line["micro_batch"]) for line in consumed) == [
+        (step, m) for step in range(1, STEPS + 1) for m in range(2)
+    ]
+    assert all(len(line["samples"]) == len(line["hashes"]) == 4 for line in consumed)
