@@ -5,13 +5,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=runs/demo
 steps=${DEMO_STEPS:-150}
+images=${DEMO_IMAGES_PER_CLASS:-250}
 begin=$SECONDS
 say() { printf '\n== %s\n' "$*"; }
 
 if [ ! -f "$out/shards/image/train/dataset.json" ] || [ ! -f "$out/shards/image/valid/dataset.json" ]; then
   say "images (generated, no download) and shards"
-  python tools/make_demo_data.py "$out/data" --overwrite
-  python tools/make_demo_data.py "$out/data-valid" --images-per-class 40 --seed 2 --overwrite
+  python tools/make_demo_data.py "$out/data" --images-per-class "$images" --overwrite
+  python tools/make_demo_data.py "$out/data-valid" --images-per-class $((images / 5)) --seed 2 --overwrite
   python tools/make_shards.py image --input "$out/data/image" --output "$out/shards/image/train" --overwrite
   python tools/make_shards.py image --input "$out/data-valid/image" --output "$out/shards/image/valid" --overwrite
 fi

@@ -127,7 +127,7 @@ class TeacherConfig:
     """The exponential moving average of the student."""
 
     scope: Literal["encoder", "model"] = "encoder"
-    """encoder: the front end is the student's own (fairseq); model: front end and tokens are averaged too (BEiT fork)."""
+    """encoder: the front end is the student's own (fairseq); model: front end and tokens are averaged (BEiT fork)."""
     decay_start: float = 0.999
     """Decay after the first update."""
     decay_end: float = 0.9998
@@ -226,7 +226,7 @@ class TrainConfig:
     """Optimizer updates in all."""
     micro_batches_per_step: int = 2
     """M: micro-batches of one update over all data-parallel ranks. The data-parallel size must divide it;
-    DeepSpeed's gradient accumulation is M / data-parallel size, so the result does not depend on the number of ranks."""
+    DeepSpeed's gradient accumulation is M / data-parallel size, so results do not depend on the number of ranks."""
     output_dir: str = "runs/default"
     """Run directory."""
     seed: int = 1
@@ -242,7 +242,7 @@ class TrainConfig:
     eval_every: int = 0
     """Updates between validations (data.valid); one is always run at the end. 0: only then."""
     resume: str = "auto"
-    """auto: from the newest valid checkpoint in output_dir; never: refuse a directory that has any; or a checkpoint's path."""
+    """auto: from the newest valid checkpoint in output_dir; never: refuse a directory that has one; or a path."""
     init: str | None = None
     """Checkpoint whose student and teacher weights start a new schedule (step 0, fresh optimizer)."""
     tensorboard: bool = True

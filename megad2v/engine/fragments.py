@@ -154,7 +154,7 @@ def drop_gathered(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def gather_flat(flat: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-    """Fill `flat` on every rank of `group` from each rank's equal `own` piece (cast): one all-gather of flat's bytes."""
+    """Fill `flat` on every rank of `group` from each rank's equal `own` piece (cast): one all-gather of its bytes."""
     dist.all_gather_into_tensor(flat, own.to(flat.dtype), group=group)
 
 

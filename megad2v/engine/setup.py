@@ -91,7 +91,7 @@ class TrainingEngine:
 
     @staticmethod
     def _teacher_engine(teacher: nn.Module, ds: dict[str, Any]) -> nn.Module:
-        """A second engine, without an optimizer, that gathers the teacher's weights; the student's trace stays its own."""
+        """A second engine, without an optimizer, gathers the teacher's weights: the student's trace stays its own."""
         import deepspeed
 
         zero = {key: value for key, value in ds["zero_optimization"].items() if key != "offload_optimizer"}

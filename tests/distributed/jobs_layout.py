@@ -1,4 +1,4 @@
-"""Jobs that train the tiny model under DeepSpeed: curves and gradients of a layout, and the teacher against an oracle."""
+"""Jobs that train the tiny model under DeepSpeed: a layout's curve and gradients, the teacher against an oracle."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def curve(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     step_engine = engine.step
 
     def step_and_look(lr: float) -> bool:
-        if not gradients:
+        # With an offloaded optimizer the reduction happens inside step(): there is nothing whole to look at before.
+        if not gradients and engine._managed:
             gradients.update({n: safe_get_full_grad(p).clone() for n, p in engine.student.named_parameters()})
         return step_engine(lr)
 
