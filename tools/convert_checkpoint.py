@@ -10,8 +10,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where megad2v is not installed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: everything needed is in the checkpoint
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from safetensors import SafetensorError
 

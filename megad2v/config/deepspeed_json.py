@@ -35,7 +35,13 @@ def zero_stage(ds: dict[str, Any]) -> int:
 
 def refuse_unsupported(ds: dict[str, Any]) -> None:
     """Raise UserError for settings under which this project would be silently wrong or could not run at all."""
+    for section in ("zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(ds.get(section, {}), dict):
+            raise UserError(f"{section}: expected a JSON object, got {ds[section]!r}")
     zero = ds.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(key, {}), dict):
+            raise UserError(f"zero_optimization.{key}: expected a JSON object, got {zero[key]!r}")
     if zero_stage(ds) not in (0, 1, 2, 3):
         raise UserError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {zero_stage(ds)!r}")
     if ds.get("fp16", {}).get("enabled") not in (None, False, AUTO):
@@ -52,6 +58,9 @@ def refuse_unsupported(ds: dict[str, Any]) -> None:
                 f"zero_optimization.{key}.device nvme: the teacher averages views of the optimizer's memory, "
                 "which does not stay in place under NVMe offload; use cpu"
             )
+    for key in ("cpu_offload", "cpu_offload_param"):  # DeepSpeed still reads them, past the rules on their successors
+        if zero.get(key):
+            raise UserError(f"zero_optimization.{key}: deprecated in DeepSpeed; use offload_optimizer or offload_param")
     if zero_stage(ds) < 3 and zero.get("offload_optimizer", {}).get("device", "none") != "none":
         raise UserError(
             "zero_optimization.offload_optimizer needs stage 3: stages 1 and 2 keep gradients of unused parameters "

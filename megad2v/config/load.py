@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from megad2v.config.schema import Config
+from megad2v.config.tree import nearest
 from megad2v.config.validate import validate
 from megad2v.errors import UserError
 
@@ -126,22 +126,24 @@ def _parser() -> ArgumentParser:
 
 
 def _with_recipe_paths(arguments: list[str]) -> list[str]:
-    """Split --config=X, replace recipe names by their files, put the default recipe first where none is named."""
-    out: list[str] = []
-    for argument in arguments:
-        out += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+    """Split --config=X, replace recipe names by their files, and put all of them before the flags, which win over them
+    wherever they stand. The default recipe where none is named."""
     known = recipes()
-    named = False
-    for position, argument in enumerate(out[:-1]):
-        if argument == "--config":
-            named = True
-            value = out[position + 1]
-            if value in known:
-                out[position + 1] = str(known[value])
-            elif not Path(value).is_file():
-                hint = _nearest(value, known)
-                raise UserError(f"--config {value}: neither a file nor a recipe ({', '.join(sorted(known))}){hint}")
-    return out if named else ["--config", str(known[DEFAULT_RECIPE]), *out]
+    configs: list[str] = []
+    rest: list[str] = []
+    words = iter(w for a in arguments for w in (a.split("=", 1) if a.startswith("--config=") else [a]))
+    for word in words:
+        value = next(words, None) if word == "--config" else None
+        if value is None:
+            rest.append(word)
+        elif value in known:
+            configs += [word, str(known[value])]
+        elif Path(value).is_file():
+            configs += [word, value]
+        else:
+            hint = _hint(value, known)
+            raise UserError(f"--config {value}: neither a file nor a recipe ({', '.join(sorted(known))}){hint}")
+    return [*(configs or ["--config", str(known[DEFAULT_RECIPE])]), *rest]
 
 
 def known_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
@@ -158,7 +160,7 @@ def _refuse_unknown_flags(arguments: Sequence[str]) -> None:
     for argument in arguments:
         flag = argument.removeprefix("--").split("=")[0]
         if argument.startswith("--") and flag not in flags and not flag.startswith(("data.shards.", "data.valid.")):
-            raise UserError(f"--{flag}: unknown key{_nearest(flag, flags)}")
+            raise UserError(f"--{flag}: unknown key{_hint(flag, flags)}")
 
 
 def _refuse_unknown_keys(source: str) -> None:
@@ -168,26 +170,26 @@ def _refuse_unknown_keys(source: str) -> None:
         tree = yaml.safe_load(Path(source).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {source}: not readable as YAML: {_one_line(str(error))}") from None
-    if tree is not None and not isinstance(tree, dict):
-        raise UserError(f"--config {source}: expected sections such as model: or train:, got {type(tree).__name__}")
+    if not isinstance(tree, dict):
+        got = "an empty file" if tree is None else type(tree).__name__
+        raise UserError(f"--config {source}: expected sections such as model: or train:, got {got}")
 
     def check(tree: dict[str, Any], prefix: str) -> None:
         for key, value in tree.items():
             path = f"{prefix}{key}"
             if path not in known:
-                raise UserError(f"{path}: unknown key in {source}{_nearest(path, known)}")
-            if path in sections and isinstance(value, dict):
+                raise UserError(f"{path}: unknown key in {source}{_hint(path, known)}")
+            if path in sections:
+                if not isinstance(value, dict):
+                    raise UserError(f"{path}: expected keys and values in {source}, got {value!r}")
                 check(value, f"{path}.")
 
-    check(tree or {}, "")
+    check(tree, "")
 
 
-def _nearest(key: str, known: Sequence[str] | set[str] | dict[str, Any]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    if not close:
-        leaf = key.rpartition(".")[2]
-        close = [candidate for candidate in known if candidate.rpartition(".")[2] == leaf][:1]
-    return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
+def _hint(key: str, known: Iterable[str]) -> str:
+    close = nearest(key, known)
+    return f"; did you mean {close}?" if close else "; --help lists all keys"
 
 
 _TYPE = re.compile(r"<class '([\w.]+)'>")

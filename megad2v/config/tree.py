@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from megad2v.config.schema import Config
@@ -23,6 +23,15 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
     return _dataclass(Config, tree, "")
 
 
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The known key that a mistyped one may have meant: by spelling, else one that ends alike (lr -> optimizer.lr)."""
+    known = sorted(known)
+    leaf = key.rpartition(".")[2]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close += [candidate for candidate in known if candidate.rpartition(".")[2] == leaf]
+    return close[0] if close else None
+
+
 def _dataclass(kind: type[T], tree: Any, path: str) -> T:
     if not isinstance(tree, Mapping):
         raise UserError(f"{path or 'configuration'}: expected keys and values, got {tree!r}")
@@ -30,8 +39,8 @@ def _dataclass(kind: type[T], tree: Any, path: str) -> T:
     names = [f.name for f in dataclasses.fields(kind)]
     for key in tree:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            known = f"did you mean {_join(path, near[0])}?" if near else f"known here: {', '.join(names)}"
+            near = nearest(str(key), names)
+            known = f"did you mean {_join(path, near)}?" if near else f"known here: {', '.join(names)}"
             raise UserError(f"{_join(path, key)}: unknown key; {known}")
     return kind(**{name: _value(hints[name], tree[name], _join(path, name)) for name in names if name in tree})
 

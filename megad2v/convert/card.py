@@ -119,6 +119,7 @@ _SHOWN = {
     "pred_std": "standard deviation of predictions",
     "valid_loss": "loss",
     "valid_retrieval": "masked-target retrieval accuracy",
+    "valid_retrieval_chance": "retrieval accuracy of guessing",
 }
 
 

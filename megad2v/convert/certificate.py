@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import megad2v
+from megad2v.config.schema import Config
 from megad2v.errors import UserError
 from megad2v.models.data2vec import Student
 
@@ -64,7 +67,7 @@ def require_transformers() -> ModuleType:
         ) from None
 
 
-def certify(folder: Path, student: Student, keys: ModuleType, config: Any) -> dict[str, Any]:
+def certify(folder: Path, student: Student, keys: ModuleType, config: Config) -> dict[str, Any]:
     """Load `folder` as anyone would, without a network, and compare every hidden state with `student`'s.
 
     `keys` is the modality's key map. Returns the content of parity.json. Raises CertificateError naming the first
@@ -109,13 +112,29 @@ def versions(*modules: ModuleType) -> dict[str, str]:
 
 
 def _load(transformers: ModuleType, folder: Path, expected: str) -> nn.Module:
-    model, info = transformers.AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    with _quiet(transformers):
+        model, info = transformers.AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     if type(model).__name__ != expected:
         raise CertificateError(f"transformers loads a {type(model).__name__} instead of a {expected}")
     odd = {what: sorted(map(str, names)) for what, names in info.items() if names and what != "error_msgs"}
     if odd or info.get("error_msgs"):
         raise CertificateError(f"transformers does not load the weights as they are: {odd or info['error_msgs']}")
     return model.eval()
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """No progress bars and no report of odd parameters, which the caller makes an error of."""
+    log = transformers.utils.logging
+    bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
 
 
 def _double(example: Any) -> Any:
