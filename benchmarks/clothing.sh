@@ -9,7 +9,7 @@
 # function of its seed, not of its layout, so this only saves time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-photos=$1 work=$2 result=$3 steps=${4:-2000}
+photos=$1 work=$2 result=$3 steps=${4:-1500}
 mkdir -p "$work"
 for part in train test; do
   [ -f "$work/shards/$part/dataset.json" ] ||
@@ -27,7 +27,7 @@ pretrain() { # name, seed, launcher words --, flags
     --output "$work/$name-probe.json"
 }
 
-pretrain seed1 1 zero3 "deepspeed --num_gpus 2"
+pretrain seed1 1 zero3 "deepspeed --num_gpus 2 --master_port 29611"
 export OMP_NUM_THREADS=1 # the rest one process each, two at a time
 pretrain seed2 2 zero1 python &
 pretrain seed3 3 zero1 python

@@ -6,7 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megad2v.engine.distributed import leave_now
 from megad2v.training.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_now(main())

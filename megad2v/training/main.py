@@ -51,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0 or error.on_one_rank:
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
         if error.on_one_rank:
-            distributed.abandon(error.exit_code)
+            distributed.leave_now(error.exit_code)
         distributed.stop()  # all ranks are here: none leaves before rank 0 has spoken
         return error.exit_code
     except WorkerDied as error:
         print(f"pretrain: error: rank {rank}: {error}", file=sys.stderr, flush=True)
-        distributed.abandon(1)
+        distributed.leave_now(1)
     distributed.stop()
     return 0
 

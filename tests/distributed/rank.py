@@ -38,6 +38,10 @@ def main() -> None:
     unfinished = path.with_suffix(".json.part")
     unfinished.write_text(json.dumps(result))
     unfinished.rename(path)
+    # Interpreter shutdown can abort in a thread of the process group after all is done (see engine.distributed).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,276 @@
+"""Break the code in known ways; each break has to turn a test red (`make mutants`).
+
+    python tests/mutants.py            all of them
+    python tests/mutants.py teacher    those whose name contains "teacher"
+
+The package and its tests are copied to a temporary folder, so the checkout is never touched. First every test named
+below is run on the unbroken copy and has to be green. Exit code 1 if a mutant survives, if the text that it replaces is
+no longer in the code, or if what goes red is not a test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COPIED = ("megad2v", "tests", "ds_configs", "launch", "tools", "pyproject.toml")
+LIMIT_S = 600
+TESTS_FAILED = 1  # pytest's exit code; 2 and above: nothing was tested
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One break: in `file` the text `old`, which is there exactly once, becomes `new`; `test` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+OBJECTIVE, DATA2VEC, MODELS = (f"tests/unit/test_{name}.py" for name in ("objective", "data2vec", "models"))
+LAYOUT = "tests/distributed/test_layouts.py::test_same_step_as_plain_torch"
+ORACLE = "tests/distributed/test_layouts.py::test_teacher_equals_float64_oracle"
+UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
+
+MUTANTS = (
+    # --- the objective
+    Mutant(
+        "average before the per-layer norm",
+        "megad2v/models/objective.py",
+        "        total += normalise(layer_btd.float(), layer_norm)\n"
+        "    return normalise(total / len(layers_btd), average_norm)",
+        "        total += layer_btd.float()\n"
+        "    return normalise(normalise(total / len(layers_btd), layer_norm), average_norm)",
+        f"{OBJECTIVE}::test_targets",
+    ),
+    Mutant(
+        "loss divided by this micro-batch's rows",
+        "megad2v/models/objective.py",
+        "    return total * {",
+        "    return total / max(1, len(prediction_nd)) * {",
+        f"{OBJECTIVE}::test_loss_is_a_sum_over_rows_of_all_micro_batches",
+    ),
+    Mutant(
+        "scale of the loss missing",
+        "megad2v/models/objective.py",
+        "    return total * {",
+        "    return total * 1.0 if width else total * {",
+        f"{OBJECTIVE}::test_loss_and_its_gradient",
+    ),
+    Mutant(
+        "targets from one layer too few",
+        "megad2v/models/data2vec.py",
+        "last=self.spec.layers,",
+        "last=self.spec.layers - 1,",
+        f"{DATA2VEC}::test_targets_are_the_top_layers_without_cls",
+    ),
+    Mutant(
+        "CLS kept in the targets, last patch cut instead",
+        "megad2v/models/data2vec.py",
+        "layer[:, self.prefix_tokens :] for layer",
+        "layer[:, : -self.prefix_tokens] for layer",
+        f"{DATA2VEC}::test_targets_are_the_top_layers_without_cls",
+    ),
+    # --- student and teacher
+    Mutant(
+        "teacher left in train mode",
+        "megad2v/models/data2vec.py",
+        "return super().train(False)",
+        "return super().train(mode)",
+        f"{DATA2VEC}::test_teacher_never_leaves_eval_mode",
+    ),
+    Mutant(
+        "no stop-gradient in the teacher",
+        "megad2v/models/data2vec.py",
+        "    @torch.no_grad()\n",
+        "",
+        f"{DATA2VEC}::test_no_gradient_through_the_targets",
+    ),
+    Mutant(
+        "no stop-gradient on the student's clean view",
+        "megad2v/models/data2vec.py",
+        "targets(inputs, clean_btd.detach(),",
+        "targets(inputs, clean_btd,",
+        f"{DATA2VEC}::test_no_gradient_through_the_targets",
+    ),
+    Mutant(
+        "mask inverted",
+        "megad2v/modalities/vision/front_end.py",
+        "torch.where(mask_bt.unsqueeze(-1),",
+        "torch.where(~mask_bt.unsqueeze(-1),",
+        f"{DATA2VEC}::test_patches_and_tokens",
+    ),
+    Mutant(
+        "relative bias transposed",
+        "megad2v/models/attention.py",
+        "self.table[:, self.index]",
+        "self.table[:, self.index.t()]",
+        f"{MODELS}::test_encoder_chains_its_blocks",
+    ),
+    # --- data
+    Mutant(
+        "blocks of a mask only lie, never stand",
+        "megad2v/modalities/vision/masking.py",
+        "math.exp(log_aspect * (1 - 2 * rng.random()))",
+        "math.exp(log_aspect * rng.random())",
+        "tests/unit/test_masking.py::test_blocks_keep_area_and_aspect",
+    ),
+    Mutant(
+        "order of samples ignores the epoch",
+        "megad2v/data/plan.py",
+        "self.order.indices(epoch,",
+        "self.order.indices(0,",
+        "tests/unit/test_plan.py::test_epochs_differ",
+    ),
+    Mutant(
+        "augmentation ignores the epoch",
+        "megad2v/modalities/vision/transforms.py",
+        'generator(self._seed, epoch, sample_id, "augment")',
+        'generator(self._seed, sample_id, "augment")',
+        "tests/unit/test_purity.py",
+    ),
+    # --- the step
+    Mutant(
+        "local instead of global count of masked positions",
+        "megad2v/training/step.py",
+        "sum_over_ranks(counts.to(world.device)).tolist()",
+        "counts.to(world.device).tolist()",
+        f"{LAYOUT}[zero1_dp2]",
+    ),
+    Mutant(
+        "decay of the update before",
+        "megad2v/training/loop.py",
+        "        updates + 1,\n",
+        "        updates,\n",
+        "tests/unit/test_schedules.py::test_which_update_has_which_rate",
+    ),
+    Mutant(
+        "one fragment of the teacher not averaged",
+        "megad2v/teacher/ema.py",
+        "torch._foreach_lerp_(self.averages, self._masters, 1.0 - decay)",
+        "torch._foreach_lerp_(self.averages[:-1], self._masters[:-1], 1.0 - decay)",
+        f"{LAYOUT}[zero1_dp1]",
+    ),
+    Mutant(
+        "teacher's forward weights not refreshed",
+        "megad2v/training/step.py",
+        "        teacher.refresh()\n",
+        "",
+        f"{LAYOUT}[zero1_dp1]",
+    ),
+    Mutant(
+        "gathered teacher weights stale under ZeRO-3",
+        "megad2v/engine/forward_copy.py",
+        "        drop_gathered(self.parameters.values())\n",
+        "",
+        f"{ORACLE}[zero3_dp2_persist_None_encoder_60_steps]",
+    ),
+    Mutant(
+        "stale gradients of unused parameters under ZeRO-3",
+        "megad2v/engine/fragments.py",
+        "        self.optimizer.grad_partitions_flat_buffer.zero_()\n",
+        "",
+        f"{UNUSED}[zero3]",
+    ),
+    Mutant(
+        "stale offloaded gradients of unused parameters",
+        "megad2v/engine/fragments.py",
+        "                    partition.grad.zero_()\n",
+        "                    pass\n",
+        f"{UNUSED}[zero3_offload]",
+    ),
+    # --- resuming
+    Mutant(
+        "Adam's step not restored",
+        "megad2v/training/state.py",
+        'entry["step"].fill_(checkpoint.index.state["adam_step"])',
+        'entry["step"].fill_(0.0)',
+        "tests/cli/test_resume.py::test_resumed_after_a_damaged_checkpoint_equals_uninterrupted[zero1]",
+    ),
+)
+
+
+def run_tests(root: Path, tests: Sequence[str]) -> tuple[int | None, str]:
+    """pytest on the copy: (exit code, or None after LIMIT_S seconds; what it printed)."""
+    shared = os.environ.get("MEGAD2V_SHARED") or str(REPOSITORY.parent / "shared")
+    # PYTHONPATH wins over an editable install of the checkout, in the processes that tests start too. Without bytecode
+    # files nobody can meet those of the mutant before: their check is by size and second.
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "MEGAD2V_SHARED": shared}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return None, f"no end after {LIMIT_S} s"
+    return done.returncode, done.stdout + done.stderr
+
+
+def try_mutant(mutant: Mutant, root: Path) -> tuple[bool, str]:
+    """(caught?, what to show) of one mutant on the copy, which is left as it was."""
+    path = root / mutant.file
+    source = path.read_text()
+    if source.count(mutant.old) != 1:
+        return False, f"the text to replace is there {source.count(mutant.old)} times: update tests/mutants.py"
+    mutated = source.replace(mutant.old, mutant.new)
+    compile(mutated, mutant.file, "exec")
+    path.write_text(mutated)
+    try:
+        code, output = run_tests(root, [mutant.test])
+    finally:
+        path.write_text(source)
+    if code == TESTS_FAILED:
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.MULTILINE)
+        return True, failed[0].rpartition("/")[2] if failed else "?"
+    if code == 0:
+        return False, f"SURVIVES {mutant.test}"
+    return False, f"pytest ended with {code} instead of a failed test:\n{output[-2000:]}"
+
+
+def copy_checkout(root: Path) -> None:
+    """The package and its tests, without caches."""
+    for name in COPIED:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy(source, root / name)
+
+
+def main(words: Sequence[str]) -> int:
+    """Try the mutants whose names contain one of `words` (all without words); 0 when every one was caught."""
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    if not chosen:
+        print(f"no mutant is called {' or '.join(words)}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="megad2v-mutants-") as folder:
+        root = Path(folder).resolve()
+        copy_checkout(root)
+        began = time.monotonic()
+        code, output = run_tests(root, sorted({mutant.test for mutant in chosen}))
+        print(f"{'unbroken':54} {'green' if code == 0 else 'RED':8} {time.monotonic() - began:5.0f} s", flush=True)
+        if code != 0:
+            print(output)
+            return 1
+        survivors = 0
+        for mutant in chosen:
+            began = time.monotonic()
+            caught, shown = try_mutant(mutant, root)
+            survivors += not caught
+            verdict = "caught" if caught else "MISSED"
+            print(f"{mutant.name:54} {verdict:8} {time.monotonic() - began:5.0f} s  {shown}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,69 @@
+"""The count behind `mfu`, and every recipe as a model without memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megad2v.config.load import load_config, recipes
+from megad2v.config.schema import Config, ModelConfig, TargetsConfig, VisionConfig
+from megad2v.metrics.flops import flops_per_sample
+from megad2v.metrics.throughput import Throughput
+from megad2v.modalities.build import build_student, build_teacher, positions
+
+
+def by_hand(config: Config) -> float:
+    """2 per multiplication and addition; student forward and backward are three forwards, the teacher's is one more.
+
+    Norms, softmax and biases are left out: they are what the tolerance is for.
+    """
+    d, t = config.model.width, positions(config) + 1
+    projections = 2 * t * d * (3 * d + d + 2 * config.model.mlp_ratio * d)
+    scores = 2 * (2 * t * t * d)
+    patches = 2 * positions(config) * d * config.vision.channels * config.vision.patch_size**2
+    return 4 * (patches + config.model.depth * (projections + scores))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(
+            model=ModelConfig(width=384, depth=4, heads=6, mlp_ratio=3.0, relative_bias=False),
+            vision=VisionConfig(image_size=224, patch_size=16),
+        ),
+        Config(
+            model=ModelConfig(width=64, depth=2, heads=1),
+            vision=VisionConfig(image_size=128, patch_size=4),
+            targets=TargetsConfig(layers=1),
+        ),
+    ],
+    ids=["defaults", "224 pixels", "attention outweighs projections"],
+)
+def test_flops(config: Config) -> None:
+    assert flops_per_sample(config) == pytest.approx(by_hand(config), rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", sorted(recipes()))
+def test_recipe_builds_without_memory(recipe: str) -> None:
+    config = load_config(recipe)
+    with torch.device("meta"):
+        student, teacher = build_student(config), build_teacher(config)
+    shapes = {name: parameter.shape for name, parameter in student.named_parameters()}
+    for name, parameter in teacher.named_parameters():
+        assert parameter.shape == shapes[name], name
+    assert all(parameter.is_meta for parameter in student.parameters())
+    assert flops_per_sample(config) == pytest.approx(by_hand(config), rel=0.01)
+
+
+def test_throughput_is_a_mean_since_it_was_read() -> None:
+    meter = Throughput(tokens_per_sample=64, flops_per_sample=1e6, peak_flops=4e7)
+    meter.add(10, step_seconds=0.5, data_seconds=0.1)
+    meter.add(20, step_seconds=1.5, data_seconds=0.3)
+    expected = {"step_seconds": 1.0, "data_seconds": 0.2, "tokens_per_second": 15 * 64, "mfu": 15e6 / 4e7}
+    assert meter.read() == pytest.approx(expected)
+    meter.add(8, step_seconds=1.0, data_seconds=0.0)
+    assert meter.read()["tokens_per_second"] == pytest.approx(8 * 64)
+    unknown = Throughput(tokens_per_sample=1, flops_per_sample=1.0, peak_flops=None)
+    unknown.add(1, step_seconds=1.0, data_seconds=0.0)
+    assert unknown.read()["mfu"] is None
