@@ -30,7 +30,8 @@ pretrain() { # name, seed, launcher words --, flags
 pretrain seed1 1 zero3 "deepspeed --num_gpus 2 --master_port 29611"
 export OMP_NUM_THREADS=1 # the rest one process each, two at a time
 pretrain seed2 2 zero1 python &
+other=$!
 pretrain seed3 3 zero1 python
-wait
+wait "$other"
 pretrain shuffled 1 zero1 python --targets.shuffle true
 python benchmarks/gather_clothing.py "$work" "$result"

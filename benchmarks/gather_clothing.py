@@ -15,11 +15,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def main(work: Path, result: Path) -> None:
-    """Write `result` from the runs in `work`; runs that are not there are left out."""
+    """Write `result` from the runs in `work`; a run that is missing is an error."""
     runs: dict[str, Any] = {}
     for name in (*SEEDS, "shuffled"):
         if not (work / f"{name}-probe.json").exists():
-            continue
+            raise SystemExit(f"gather: {work / name} has no probe: the run failed (see {work / name}.log)")
         metrics = _lines(work / name / "metrics.jsonl")
         keys = ("step", "valid_loss", "valid_retrieval", "valid_retrieval_chance", "valid_target_std", "valid_pred_std")
         runs[name] = {

@@ -6,6 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=runs/demo
 steps=${DEMO_STEPS:-150}
 images=${DEMO_IMAGES_PER_CLASS:-250}
+# Two processes; on a machine with a single GPU one.
+ranks=$(python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 begin=$SECONDS
 say() { printf '\n== %s\n' "$*"; }
 
@@ -17,9 +19,9 @@ if [ ! -f "$out/shards/image/train/dataset.json" ] || [ ! -f "$out/shards/image/
   python tools/make_shards.py image --input "$out/data-valid/image" --output "$out/shards/image/valid" --overwrite
 fi
 
-say "pretraining: vision_tiny, $steps steps, 2 processes, ZeRO-3"
+say "pretraining: vision_tiny, $steps steps, $ranks processes, ZeRO-3"
 rm -rf "$out/vision"
-deepspeed --num_gpus 2 launch/pretrain.py --deepspeed ds_configs/zero3.json --config vision_tiny \
+deepspeed --num_gpus "$ranks" launch/pretrain.py --deepspeed ds_configs/zero3.json --config vision_tiny \
   --data.shards "$out/shards/image/train" --data.valid "$out/shards/image/valid" --train.output_dir "$out/vision" \
   --train.steps "$steps" --train.eval_every 50 --train.save_every 100
 

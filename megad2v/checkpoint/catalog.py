@@ -37,6 +37,22 @@ def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
     return None, reasons
 
 
+def set_aside_later(run: Path, step: int) -> list[Path]:
+    """Rename the checkpoints beyond `step`, which a run that goes on from there has passed over or will write anew, to
+    passed_over_step_X. They are nobody's newest then, nor do they push younger ones out of `prune`; people delete them.
+    """
+    moved = []
+    for later in (found for found in steps_present(run) if found > step):
+        directory = step_directory(run, later)
+        number = 0
+        while (
+            aside := directory.with_name(f"passed_over_{directory.name}" + (f"_{number}" if number else ""))
+        ).exists():
+            number += 1
+        moved.append(directory.rename(aside))
+    return moved
+
+
 def prune(run: Path, keep_last: int) -> None:
     """Delete all but the newest `keep_last` checkpoints; 0 keeps all. Called after a new one was committed."""
     if keep_last > 0:

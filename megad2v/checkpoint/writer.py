@@ -12,8 +12,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from megad2v.checkpoint.layout import INDEX, FileRecord, Index, Piece, file_digest, sync_directory
+from megad2v.checkpoint.layout import INDEX, FileRecord, Index, Piece, file_digest
 from megad2v.engine.distributed import together
+from megad2v.files import sync_directory, write_file
 
 
 class CheckpointError(RuntimeError):
@@ -75,13 +76,3 @@ def _commit(aside: Path, directory: Path, index: Index) -> None:
         aside.rename(directory)
     write_file(directory.parent / "latest", directory.name + "\n")
     sync_directory(directory.parent)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Replace a small file atomically and durably."""
-    aside = path.with_name(f".{path.name}.new")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

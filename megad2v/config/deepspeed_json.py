@@ -35,7 +35,7 @@ def zero_stage(ds: dict[str, Any]) -> int:
 
 def refuse_unsupported(ds: dict[str, Any]) -> None:
     """Raise UserError for settings under which this project would be silently wrong or could not run at all."""
-    for section in ("zero_optimization", "bf16", "fp16", "data_types"):
+    for section in ("zero_optimization", "bf16", "fp16", "amp", "torch_autocast", "data_types"):
         if not isinstance(ds.get(section, {}), dict):
             raise UserError(f"{section}: expected a JSON object, got {ds[section]!r}")
     zero = ds.get("zero_optimization", {})
@@ -44,30 +44,71 @@ def refuse_unsupported(ds: dict[str, Any]) -> None:
             raise UserError(f"zero_optimization.{key}: expected a JSON object, got {zero[key]!r}")
     if zero_stage(ds) not in (0, 1, 2, 3):
         raise UserError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {zero_stage(ds)!r}")
+    for problem in (*_foreign_sections(ds), *_offload(zero, zero_stage(ds)), *_partitioning(zero)):
+        raise UserError(problem)
+
+
+def _foreign_sections(ds: dict[str, Any]) -> Iterator[str]:
+    """What the run's configuration decides, or what takes precision out of its hands."""
     if ds.get("fp16", {}).get("enabled") not in (None, False, AUTO):
-        raise UserError(
+        yield (
             "fp16.enabled: fp16 is not supported (loss scaling skips steps that the teacher would still average); "
             "use bf16 on GPUs or fp32"
         )
+    for section, what in (("amp", "apex's mixed precision"), ("torch_autocast", "autocast")):
+        if ds.get(section, {}).get("enabled") not in (None, False, AUTO):
+            yield (
+                f"{section}.enabled: {what} is not supported (the student would run in another precision than the "
+                'teacher); remove it and use train.precision or bf16.enabled "auto"'
+            )
     for section, use in (("optimizer", "optimizer.*"), ("scheduler", "schedule.*")):
         if section in ds:
-            raise UserError(f"{section}: set in the run's configuration ({use}), not in the DeepSpeed JSON; remove it")
+            yield f"{section}: set in the run's configuration ({use}), not in the DeepSpeed JSON; remove it"
+
+
+def _offload(zero: dict[str, Any], stage: int) -> Iterator[str]:
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device") == "nvme":
-            raise UserError(
+            yield (
                 f"zero_optimization.{key}.device nvme: the teacher averages views of the optimizer's memory, "
                 "which does not stay in place under NVMe offload; use cpu"
             )
     for key in ("cpu_offload", "cpu_offload_param"):  # DeepSpeed still reads them, past the rules on their successors
         if zero.get(key):
-            raise UserError(f"zero_optimization.{key}: deprecated in DeepSpeed; use offload_optimizer or offload_param")
-    if zero_stage(ds) < 3 and zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        raise UserError(
+            yield f"zero_optimization.{key}: deprecated in DeepSpeed; use offload_optimizer or offload_param"
+    optimizer, parameters = zero.get("offload_optimizer", {}), zero.get("offload_param", {})
+    if stage < 3 and optimizer.get("device", "none") != "none":
+        yield (
             "zero_optimization.offload_optimizer needs stage 3: stages 1 and 2 keep gradients of unused parameters "
             "when the optimizer is offloaded (DeepSpeed 0.19)"
         )
+    if stage < 3 and parameters.get("device", "none") != "none":
+        yield "zero_optimization.offload_param needs stage 3: stages 1 and 2 do not partition parameters; remove it"
+    if optimizer.get("super_offload"):
+        yield (
+            "zero_optimization.offload_optimizer.super_offload: it updates weights before it knows that the step is "
+            "finite, in another process; remove it"
+        )
+    if optimizer.get("ratio", 1) != 1:
+        yield (
+            f"zero_optimization.offload_optimizer.ratio: expected 1, got {optimizer['ratio']!r}: what is not offloaded "
+            "has its moments in a second optimizer, which checkpoints would miss"
+        )
+
+
+def _partitioning(zero: dict[str, Any]) -> Iterator[str]:
+    """Variants of ZeRO that move what `engine.fragments` points at."""
     if zero.get("round_robin_gradients"):
-        raise UserError("zero_optimization.round_robin_gradients: its fragment addresses are wrong; remove it")
+        yield "zero_optimization.round_robin_gradients: its fragment addresses are wrong; remove it"
+    if zero.get("zero_hpz_partition_size", 1) not in (0, 1):
+        yield (
+            "zero_optimization.zero_hpz_partition_size: the teacher's forward would keep reading a secondary copy of "
+            "its weights that no refresh reaches; remove it"
+        )
+    if zero.get("mics_shard_size", -1) not in (-1, 0):
+        yield "zero_optimization.mics_shard_size: MiCS partitions weights in a way that is not supported; remove it"
+    if zero.get("zenflow") is not None:  # an empty object switches it on, with defaults
+        yield "zero_optimization.zenflow: it applies gradients of earlier steps, and not on every step; remove it"
 
 
 def fill_deepspeed(ds: dict[str, Any], config: Config, *, precision: str, data_parallel: int) -> dict[str, Any]:

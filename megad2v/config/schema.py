@@ -2,7 +2,8 @@
 
 Field docstrings are what ``--help`` prints, so they say what a key does, its unit, and where its default comes from.
 Values come from here, then from recipes and YAML files (``--config``), then from the command line (``--a.b value``).
-Sources: "spec" is docs/recipes.md; "fairseq" the released fairseq configuration.
+Sources: "fairseq" is its released configuration, "BEiT fork" the program that trained the published vision models;
+"spec N" is section N of the numeric specification that this project was built from (docs/decisions.md).
 """
 
 from __future__ import annotations

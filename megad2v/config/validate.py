@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any
+
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
 
 
 def validate(config: Config) -> None:
     """Raise UserError for the first contradiction inside the configuration."""
-    for problem in (*_model(config), *_objective(config), *_run(config)):
+    # Finiteness first: NaN breaks most of the rules below too, and their words would not say so.
+    for problem in (*_finite(config), *_model(config), *_objective(config), *_optimisation(config), *_run(config)):
         raise UserError(problem)
+
+
+def _finite(section: Any, prefix: str = "") -> list[str]:
+    """YAML can write .nan and .inf, and no key means either."""
+    problems = []
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            problems += _finite(value, f"{key}.")
+            continue
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            problems.append(f"{key}: expected a finite number, got {value}")
+    return problems
 
 
 def _model(config: Config) -> list[str]:
@@ -20,6 +39,9 @@ def _model(config: Config) -> list[str]:
         problems.append(f"model.heads: {model.heads} does not divide model.width {model.width}")
     if model.head_layers not in (0, 1, 2):
         problems.append(f"model.head_layers: expected 0, 1 or 2, got {model.head_layers}")
+    for key in ("mlp_ratio", "norm_eps"):
+        if getattr(model, key) <= 0:
+            problems.append(f"model.{key}: expected more than 0, got {getattr(model, key)}")
     for key in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= getattr(model, key) < 1:
             problems.append(f"model.{key}: expected a probability in [0, 1), got {getattr(model, key)}")
@@ -29,6 +51,8 @@ def _model(config: Config) -> list[str]:
         )
     if vision.channels != 3:
         problems.append(f"vision.channels: images are decoded to RGB, so 3, got {vision.channels}")
+    if min(vision.std) <= 0:
+        problems.append(f"vision.std: pixels are divided by it, so every value must be above 0, got {vision.std}")
     return problems
 
 
@@ -38,23 +62,50 @@ def _objective(config: Config) -> list[str]:
         problems.append(
             f"targets.layers: expected 1 to model.depth ({config.model.depth}), got {config.targets.layers}"
         )
-    if not 0 <= config.mask.ratio < 1:
-        problems.append(f"mask.ratio: expected a fraction in [0, 1), got {config.mask.ratio}")
-    if config.mask.min_block < 1:
-        problems.append(f"mask.min_block: expected at least 1 patch, got {config.mask.min_block}")
-    if not 0 < config.mask.min_aspect <= 1:
-        problems.append(f"mask.min_aspect: expected a ratio in (0, 1], got {config.mask.min_aspect}")
+    mask = config.mask
+    if not 0 <= mask.ratio < 1:
+        problems.append(f"mask.ratio: expected a fraction in [0, 1), got {mask.ratio}")
+    if mask.min_block < 1:
+        problems.append(f"mask.min_block: expected at least 1 patch, got {mask.min_block}")
+    if mask.max_block is not None and mask.max_block < mask.min_block:
+        problems.append(
+            f"mask.max_block: expected null or at least mask.min_block ({mask.min_block}), got {mask.max_block}"
+        )
+    if not 0 < mask.min_aspect <= 1:
+        problems.append(f"mask.min_aspect: expected a ratio in (0, 1], got {mask.min_aspect}")
     if config.loss.kind == "smooth_l1" and config.loss.beta <= 0:
         problems.append(f"loss.beta: smooth_l1 needs a beta above 0, got {config.loss.beta} (use loss.kind mse)")
     for key in ("decay_start", "decay_end"):
         value = getattr(config.teacher, key)
         if not 0 <= value <= 1:
             problems.append(f"teacher.{key}: expected a decay in [0, 1], got {value}")
+    if config.teacher.decay_steps is not None and config.teacher.decay_steps < 0:
+        problems.append(f"teacher.decay_steps: expected null or at least 0, got {config.teacher.decay_steps}")
     augment = config.augment
     if not 0 < augment.crop_scale_min <= augment.crop_scale_max <= 1:
         problems.append(
             "augment.crop_scale_min and crop_scale_max: expected 0 < min <= max <= 1, "
             f"got {augment.crop_scale_min} and {augment.crop_scale_max}"
+        )
+    return problems
+
+
+def _optimisation(config: Config) -> list[str]:
+    optimizer, schedule, problems = config.optimizer, config.schedule, []
+    if optimizer.lr <= 0 or optimizer.eps <= 0 or optimizer.clip < 0:
+        problems.append("optimizer.lr and optimizer.eps must be above 0, optimizer.clip at least 0")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        problems.append(f"optimizer.betas: expected two decays in [0, 1), got {optimizer.betas}")
+    if optimizer.weight_decay < 0:
+        problems.append(f"optimizer.weight_decay: expected at least 0, got {optimizer.weight_decay}")
+    if schedule.warmup_steps < 0:
+        problems.append(f"schedule.warmup_steps: expected at least 0, got {schedule.warmup_steps}")
+    if not 0 <= schedule.hold_fraction <= 1:
+        problems.append(f"schedule.hold_fraction: expected 0 to 1, got {schedule.hold_fraction}")
+    if schedule.kind == "tri_stage" and schedule.final_scale <= 0:
+        problems.append(
+            f"schedule.final_scale: tri_stage decays exponentially to it, so it must be above 0, "
+            f"got {schedule.final_scale}"
         )
     return problems
 
@@ -89,10 +140,6 @@ def _run(config: Config) -> list[str]:
         problems.append("data.micro_batch.samples: expected at least 1")
     if config.data.workers < 0 or config.data.window < 1:
         problems.append("data.workers must be at least 0 and data.window at least 1")
-    if config.optimizer.lr <= 0 or config.optimizer.eps <= 0 or config.optimizer.clip < 0:
-        problems.append("optimizer.lr and optimizer.eps must be above 0, optimizer.clip at least 0")
-    if config.schedule.warmup_steps < 0:
-        problems.append(f"schedule.warmup_steps: expected at least 0, got {config.schedule.warmup_steps}")
-    if not 0 <= config.schedule.hold_fraction <= 1:
-        problems.append(f"schedule.hold_fraction: expected 0 to 1, got {config.schedule.hold_fraction}")
+    if not 0 <= config.data.max_bad_fraction <= 1:
+        problems.append(f"data.max_bad_fraction: expected a fraction in [0, 1], got {config.data.max_bad_fraction}")
     return problems

@@ -109,7 +109,9 @@ class Stream(Iterator[Batch]):
             item = next(self._items)
         if isinstance(item, Refusal):
             self.close()
-            raise UserError(item.message)
+            error = UserError(item.message)
+            error.on_one_rank = True  # the others go on to their next collective
+            raise error
         return item
 
     @contextmanager

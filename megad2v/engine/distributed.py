@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from megad2v.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -29,6 +31,22 @@ class World:
         return self.rank == 0
 
 
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU: there is one, and DS_ACCELERATOR does not say cpu."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def _refuse_lone_ranks() -> None:
+    """Processes of mpirun or srun that nobody told their rank would each be rank 0 of 1, in one run directory."""
+    for variable, launcher in (
+        ("OMPI_COMM_WORLD_SIZE", "mpirun"),
+        ("PMI_SIZE", "mpirun"),
+        ("SLURM_STEP_NUM_TASKS", "srun"),
+    ):
+        if int(os.environ.get(variable, "1")) > 1 and "WORLD_SIZE" not in os.environ:
+            raise UserError(f"{launcher}: starting ranks by it is not supported yet; use deepspeed or torchrun")
+
+
 def prepare_environment() -> None:
     """Before DeepSpeed is imported: choose its accelerator and quiet its compilation probes.
 
@@ -37,18 +55,19 @@ def prepare_environment() -> None:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
+    level = os.environ.setdefault("DS_LOG_LEVEL", "error").upper()
     # torch 2.13 renames collectives that DeepSpeed 0.19 still calls by their old names, with a warning per call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
-    if not torch.cuda.is_available():
+    if not on_gpu():
         deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.utils.logger.setLevel(os.environ["DS_LOG_LEVEL"])
+    deepspeed.utils.logger.setLevel(level)
 
 
 def start(rank_from_launcher: int | None = None) -> World:
     """Join the process group (NCCL on GPUs, gloo on CPUs). One process without a launcher works too."""
+    _refuse_lone_ranks()
     prepare_environment()
     import deepspeed
 
@@ -56,7 +75,7 @@ def start(rank_from_launcher: int | None = None) -> World:
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
-    cuda = torch.cuda.is_available()
+    cuda = on_gpu()
     local_rank = int(os.environ["LOCAL_RANK"]) if rank_from_launcher is None else rank_from_launcher
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -83,11 +102,14 @@ def broadcast_text(text: str) -> str:
     return carried[0]
 
 
-def stop() -> None:
-    """Leave together: a rank that tears its group down while others still use it makes them fail."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+def stop() -> bool:
+    """Leave together: a rank that tears its group down while others still use it makes them fail. False where this
+    process had not joined any."""
+    if not dist.is_initialized():
+        return False
+    dist.barrier()
+    dist.destroy_process_group()
+    return True
 
 
 def leave_now(exit_code: int) -> NoReturn:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megad2v.engine.distributed import on_gpu
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps per element."""
 
@@ -150,6 +152,9 @@ def drop_gathered(parameters: Iterable[nn.Parameter]) -> None:
     gathered = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
     if gathered:
         gathered[0].partition(gathered, has_been_updated=False)
+    if on_gpu():
+        # DeepSpeed gathers on a stream of its own that does not wait for the one which has just written the slices.
+        torch.cuda.current_stream().synchronize()
 
 
 @torch.no_grad()

@@ -9,8 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from megad2v.engine.fragments import ZeroState, local_range, write_slice, zero_state
+from megad2v.errors import UserError
 from megad2v.models.block import Block
 from megad2v.models.initialise import initial_value, initialisers
+
+
+def check_zero_keys(ds: dict[str, Any]) -> None:
+    """Raise UserError in one line for a key or value that DeepSpeed's own schema refuses, before anything is built."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**ds["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(f"{key}: DeepSpeed refuses it: {first['msg']}") from None
 
 
 def _construct(build: Callable[[], nn.Module], ds: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:

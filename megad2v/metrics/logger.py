@@ -12,6 +12,7 @@ from typing import Any
 
 from megad2v.config.schema import TrainConfig
 from megad2v.errors import UserError
+from megad2v.files import write_file
 
 
 class MetricsLogger:
@@ -63,7 +64,7 @@ def drop_later_lines(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError):  # a killed run may leave half a line
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept))
+    write_file(path, "".join(kept))
 
 
 def _tensorboard(run: Path, resumed_at: int) -> Any:

@@ -44,12 +44,12 @@ def git_revision() -> str:
 
 
 def memory_estimate(student: int, teacher: int, *, stage: int, ranks: int, low_precision: bool) -> float:
-    """Bytes of model state on one rank (activations come on top): weights and gradients in the compute dtype, float32
-    master, two moments and teacher average, teacher forward copy. Parameters counted; stages as in the ZeRO paper."""
+    """Bytes of model state on one rank (activations come on top): weights in the compute dtype, float32
+    gradients, master, two moments and teacher average, teacher forward copy; split as in the ZeRO paper."""
     width = 2 if low_precision else 4
     masters = (12 * student + 4 * teacher) / ranks
     weights = width * (student + teacher) / (ranks if stage == 3 else 1)
-    gradients = width * student / (ranks if stage >= 2 else 1)
+    gradients = 4 * student / (ranks if stage >= 2 else 1)
     return masters + weights + gradients
 
 

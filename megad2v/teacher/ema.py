@@ -28,7 +28,8 @@ class ShardedTeacher:
     @torch.no_grad()
     def copy_student(self) -> None:
         """Forget the average: start again from the student. Collective (it refreshes)."""
-        torch._foreach_copy_(self.averages, self._masters)
+        if self.averages:  # a rank may own no fragment of a small teacher
+            torch._foreach_copy_(self.averages, self._masters)
         self.refresh()
 
     @torch.no_grad()

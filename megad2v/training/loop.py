@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from megad2v.errors import UserError
 from megad2v.metrics.logger import MetricsLogger
 from megad2v.metrics.statistics import StepStatistics
 from megad2v.metrics.throughput import Throughput
-from megad2v.modalities.batch import Batch
 from megad2v.teacher.ema import ShardedTeacher
 from megad2v.teacher.schedule import decay_at
 from megad2v.training.evaluate import validate
@@ -67,9 +65,9 @@ def train(run: Run) -> None:
     steps = iter(run.loader)
     while progress.step < train.steps:
         started = time.perf_counter()
-        batches = _next(steps)
-        counts = count_step(batches, run.world)
+        batches = next(steps)
         waited = time.perf_counter() - started
+        counts = count_step(batches, run.world)
 
         due = _due(progress.step + 1, train.log_every, train.steps)
         statistics = StepStatistics(run.config.model.width, run.world.device) if due else None
@@ -89,8 +87,8 @@ def train(run: Run) -> None:
         progress.step += 1
         progress.updates += taken
         progress.skipped += not taken
-        _count_samples(run, counts)
         run.records.consumed(progress.step, batches)
+        _count_samples(run, counts)
         run.throughput.add(counts.samples, step_seconds=time.perf_counter() - started, data_seconds=waited)
 
         if statistics is not None:
@@ -99,14 +97,6 @@ def train(run: Run) -> None:
             _validate(run)
         if _due(progress.step, train.save_every, train.steps):
             save_checkpoint(run)
-
-
-def _next(steps: Iterator[list[Batch]]) -> list[Batch]:
-    try:
-        return next(steps)
-    except UserError as error:
-        error.on_one_rank = True
-        raise
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from megad2v.config.load import parse_command_line, to_yaml
 from megad2v.config.schema import Config, TrainConfig
 from megad2v.data.workers import WorkerDied
 from megad2v.engine import distributed
-from megad2v.engine.distributed import World, broadcast_text
+from megad2v.engine.distributed import World, broadcast_text, together
 from megad2v.errors import UserError
 from megad2v.metrics.report import peak_memory
 from megad2v.training.loop import Run, train
@@ -28,6 +29,8 @@ from megad2v.training.setup import set_up
 from megad2v.training.state import load
 
 DEMO_SHARDS = "runs/demo/shards/image"
+SPEAKING_SECONDS = 3.0
+"""How long the others wait for rank 0 to say what is wrong, where they cannot meet it in a barrier."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
         if error.on_one_rank:
             distributed.leave_now(error.exit_code)
-        distributed.stop()  # all ranks are here: none leaves before rank 0 has spoken
+        if not distributed.stop() and rank > 0:
+            time.sleep(SPEAKING_SECONDS)  # not joined yet: the launcher ends rank 0 once another rank has left
         return error.exit_code
     except WorkerDied as error:
         print(f"pretrain: error: rank {rank}: {error}", file=sys.stderr, flush=True)
@@ -94,35 +98,46 @@ def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -
 
 
 def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> None:
-    """--check: one step, one validation micro-batch pass, one save, one load that must give the same bits; peak memory.
+    """--check: one step, one validation, one save, one load that must give the same bits; peak memory.
 
-    Everything is written beside the run directory and removed.
+    Everything is written beside the run directory and removed. A rank that fails alone leaves at once, as in a run.
     """
     output = Path(config.train.output_dir)
     parent = output.absolute().parent
-    made = ""
-    if world.is_main:
-        parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f".check_{output.name}_", dir=parent)
-    scratch = broadcast_text(made)
+    made: list[str] = [""]
+
+    def make() -> None:
+        if world.is_main:
+            parent.mkdir(parents=True, exist_ok=True)
+            made[0] = tempfile.mkdtemp(prefix=f".check_{output.name}_", dir=parent)
+
+    together(make, errors=(OSError,), raises=UserError)
+    scratch = broadcast_text(made[0])
     one: TrainConfig = replace(
         config.train, steps=1, save_every=0, eval_every=0, log_every=1, output_dir=scratch, tensorboard=False,
         resume="auto", wandb=replace(config.train.wandb, project=None),
     )  # fmt: skip
-    # The schedules keep the length of the real run.
+    # The real decay; no warm-up, whose first learning rate would move no weight.
     teacher = replace(config.teacher, decay_steps=config.teacher.decay_steps or config.train.steps)
-    config = replace(config, train=one, teacher=teacher)
+    schedule = replace(config.schedule, kind="constant", warmup_steps=0)
+    config = replace(config, train=one, teacher=teacher, schedule=schedule)
     try:
         run = pretrain(config, ds, world, recipe=recipe)
-        before = [memory.clone() for memory in run.memory()]
-        load(Checkpoint(step_directory(run.directory, 1)), run.engine, run.teacher)
-        same = all(torch.equal(a, b) for a, b in zip(before, run.memory(), strict=True))
-        if not same:
-            raise RuntimeError("what was loaded differs from what was saved")
-        peak, what = peak_memory(world.device)
+        peak, what = peak_memory(world.device)  # before the copies that only this check makes
+        together(lambda: _reload(run), errors=(UserError,), raises=UserError)
         if world.is_main:
             print(f"check passed: one step, one save, one load equal to the bit; peak {what} {peak / 2**20:,.0f} MiB")
-    finally:
         distributed.barrier()
+    finally:
         if world.is_main:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _reload(run: Run) -> None:
+    """Forget the run's state, load it from its checkpoint, compare. Collective."""
+    saved = [memory.to("cpu", copy=True) for memory in run.memory()]
+    for memory in run.memory():
+        memory.fill_(float("nan"))
+    load(Checkpoint(step_directory(run.directory, 1)), run.engine, run.teacher)
+    if not all(torch.equal(a, b.cpu()) for a, b in zip(saved, run.memory(), strict=True)):
+        raise UserError("--check: what was loaded differs from what was saved; this is a bug, please report it")

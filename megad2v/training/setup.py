@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from megad2v.checkpoint.catalog import find_checkpoint, newest_valid, steps_present
+from megad2v.checkpoint.catalog import find_checkpoint, newest_valid, set_aside_later, steps_present
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.deepspeed_json import fill_deepspeed, zero_stage
 from megad2v.config.load import to_yaml
 from megad2v.config.schema import Config
 from megad2v.data.loader import TrainingLoader, validation_batches
-from megad2v.engine.distributed import World, broadcast_text, together
+from megad2v.engine.distributed import World, broadcast_text, on_gpu, together
 from megad2v.engine.fragments import shapes
-from megad2v.engine.setup import TrainingEngine
+from megad2v.engine.setup import TrainingEngine, check_zero_keys
 from megad2v.errors import UserError
 from megad2v.metrics.flops import flops_per_sample, peak_flops
 from megad2v.metrics.logger import MetricsLogger, drop_later_lines
@@ -28,7 +28,7 @@ from megad2v.modalities.build import build_student, build_teacher, positions
 from megad2v.teacher.ema import ShardedTeacher
 from megad2v.training.loop import Run
 from megad2v.training.records import RunRecords
-from megad2v.training.state import initialise_from, load
+from megad2v.training.state import check_resumable, initialise_from, load
 
 T = TypeVar("T")
 
@@ -39,7 +39,9 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> 
     _check_ranks(config, world)
     filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.size)
     directory = Path(config.train.output_dir)
+    _on_all(lambda: check_zero_keys(filled))
     resumed = _find_resume(config, directory, world)
+    source = _find_init(config, world) if resumed is None else None
     start = resumed.index.step if resumed else 0
 
     loader = _on_all(lambda: TrainingLoader(config, rank=world.rank, world=world.size, start_step=start))
@@ -84,7 +86,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> 
         if zero_stage(ds) == 0:
             lines.append("ZeRO stage 0 keeps no float32 fragments and applies NaN steps: running it as stage 1")
         print("\n".join(lines), flush=True)
-    _restore(run, resumed)
+    _restore(run, resumed, source)
     return run
 
 
@@ -111,7 +113,7 @@ def resolve_precision(asked: str) -> str:
     """auto: bf16 on GPUs that have it, else fp32."""
     if asked != "auto":
         return asked
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if on_gpu() and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _on_all(action: Callable[[], T]) -> T:
@@ -132,11 +134,9 @@ def _check_ranks(config: Config, world: World) -> None:
 
 
 def _find_resume(config: Config, directory: Path, world: World) -> Checkpoint | None:
-    """The checkpoint to go on from, decided by the main rank, opened by all."""
+    """The checkpoint to go on from, chosen and verified by the main rank, opened by all. Nothing is written yet."""
 
     def decide() -> str:
-        if not world.is_main:
-            return ""
         asked = config.train.resume
         if asked == "never":
             if steps_present(directory):
@@ -145,35 +145,61 @@ def _find_resume(config: Config, directory: Path, world: World) -> Checkpoint | 
                 )
             return ""
         if asked != "auto":
-            return str(find_checkpoint(Path(asked)))
+            return _verified(Path(asked))
         newest, reasons = newest_valid(directory)
         for reason in reasons:
             print(f"passed over a checkpoint: {reason}", flush=True)
+        if newest is None and reasons:
+            raise UserError(
+                f"train.resume: none of the checkpoints in {directory} is valid; choose another train.output_dir to "
+                "start anew"
+            )
         return str(newest or "")
 
-    found = broadcast_text(_on_all(decide))
-    return _on_all(lambda: Checkpoint(Path(found))) if found else None
+    checkpoint = _open_chosen(decide, world)
+    if checkpoint is not None:
+        _on_all(lambda: check_resumable(checkpoint, config))
+    return checkpoint
+
+
+def _find_init(config: Config, world: World) -> Checkpoint | None:
+    """The checkpoint that train.init names, verified."""
+    path = config.train.init
+    return _open_chosen(lambda: _verified(Path(path)) if path is not None else "", world)
+
+
+def _verified(path: Path) -> str:
+    directory = find_checkpoint(path)
+    Checkpoint(directory).verify()
+    return str(directory)
+
+
+def _open_chosen(decide: Callable[[], str], world: World) -> Checkpoint | None:
+    """Open on every rank what the main rank decides for; "" for none."""
+    chosen = broadcast_text(_on_all(lambda: decide() if world.is_main else ""))
+    return _on_all(lambda: Checkpoint(Path(chosen))) if chosen else None
 
 
 def _prepare_directory(config: Config, filled: dict[str, Any], directory: Path, start: int) -> None:
     """The run directory, its resolved configurations, and its logs cut back to the step that is resumed from."""
     directory.mkdir(parents=True, exist_ok=True)
+    for aside in set_aside_later(directory, start):
+        print(f"set aside: {aside}", flush=True)
     (directory / "config.yaml").write_text(to_yaml(config))
     (directory / "ds_config.json").write_text(json.dumps(filled, indent=2) + "\n")
     drop_later_lines(directory / "quarantine.jsonl", start)
 
 
-def _restore(run: Run, resumed: Checkpoint | None) -> None:
-    """Load what the run resumes from or starts from, and say so."""
-    config, say = run.config, run.world.is_main
+def _restore(run: Run, resumed: Checkpoint | None, source: Checkpoint | None) -> None:
+    """Load what the run resumes from, or starts from, and say so."""
+    say = run.world.is_main
     if resumed is not None:
         run.progress = load(resumed, run.engine, run.teacher)
         if say:
             print(f"resumed from {resumed.directory} (step {run.progress.step})", flush=True)
             if resumed.index.state["data_fingerprint"] != run.loader.fingerprint:
                 print("data.shards: not the shards that this run was started on, so its order changes", flush=True)
-    elif config.train.init is not None:
-        source = _on_all(lambda: Checkpoint(find_checkpoint(Path(config.train.init))))
+    elif source is not None:
         result = initialise_from(source, run.engine, run.teacher)
         if say:
             print(f"weights from {source.directory}: {len(result['matched'])} parameters matched", flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megad2v.checkpoint.layout import Piece
@@ -19,6 +20,7 @@ from megad2v.engine.fragments import MOMENTS, Fragment, adam_entries, shapes
 from megad2v.engine.setup import TrainingEngine
 from megad2v.errors import UserError
 from megad2v.metrics.report import versions
+from megad2v.modalities.build import build_student
 from megad2v.teacher.ema import ShardedTeacher
 
 
@@ -77,19 +79,19 @@ def save(
 
 @torch.no_grad()
 def load(checkpoint: Checkpoint, engine: TrainingEngine, teacher: ShardedTeacher) -> Progress:
-    """Put student, moments and teacher back, this rank's ranges only, whatever layout wrote them. Collective.
+    """Put student, moments and teacher back, this rank's ranges only, whatever layout wrote them.
 
-    Raises UserError where the checkpoint is of another model.
+    Collective: one agreement that all ranks could read, then `publish` and `refresh`. Raises UserError on all ranks
+    where any could not.
     """
 
     def read() -> None:
-        _check_shapes(checkpoint, engine)
         for kind, fragment, memory in state_memory(engine, teacher):
             memory.copy_(checkpoint.read(kind, fragment.name, fragment.start, fragment.length))
         for entry in adam_entries(engine.deepspeed, engine.state):
             entry["step"].fill_(checkpoint.index.state["adam_step"])
 
-    together(read, errors=(UserError,), raises=UserError)
+    together(read, errors=READ_ERRORS, raises=UserError)
     engine.state.publish()
     teacher.refresh()
     return Progress(**checkpoint.index.state["progress"])
@@ -100,24 +102,24 @@ def initialise_from(checkpoint: Checkpoint, engine: TrainingEngine, teacher: Sha
     """Start a new schedule from the weights of `checkpoint`: student and teacher where names and shapes match.
 
     Returns the names that were `matched`, `missing` from the checkpoint (they keep their fresh values; a missing
-    teacher tensor starts as the student's) and `unused`. Collective.
+    teacher tensor starts as the student's) and `unused`. Collective, as `load`.
     """
     ours = {name: list(shape) for name, shape in shapes(engine.student).items()}
     saved = checkpoint.index.shapes
     matched = {name for name, shape in ours.items() if saved.get(name) == shape}
-
-    def read(kind: str, fragment: Fragment, memory: Tensor) -> None:
-        memory.copy_(checkpoint.read(kind, fragment.name, fragment.start, fragment.length))
-
-    for fragment in engine.state.fragments:
-        if fragment.name in matched:
-            read("student", fragment, fragment.master)
-    engine.state.publish()
-    teacher.copy_student()
     averaged = set(checkpoint.names("teacher")) & matched
-    for fragment, average in zip(teacher.fragments, teacher.averages, strict=True):
-        if fragment.name in averaged:
-            read("teacher", fragment, average)
+
+    def read() -> None:
+        for fragment in engine.state.fragments:
+            if fragment.name in matched:
+                fragment.master.copy_(checkpoint.read("student", fragment.name, fragment.start, fragment.length))
+        for fragment, average in zip(teacher.fragments, teacher.averages, strict=True):
+            kind = "teacher" if fragment.name in averaged else "student"
+            if fragment.name in matched:
+                average.copy_(checkpoint.read(kind, fragment.name, fragment.start, fragment.length))
+
+    together(read, errors=READ_ERRORS, raises=UserError)
+    engine.state.publish()
     teacher.refresh()
     return {
         "matched": sorted(matched),
@@ -126,12 +128,31 @@ def initialise_from(checkpoint: Checkpoint, engine: TrainingEngine, teacher: Sha
     }
 
 
-def _check_shapes(checkpoint: Checkpoint, engine: TrainingEngine) -> None:
+READ_ERRORS = (UserError, OSError, SafetensorError)
+"""What reading a checkpoint can raise on one rank alone."""
+
+SAME_STREAM = ("train.seed", "train.micro_batches_per_step", "data.micro_batch", "data.window")
+"""Keys that a resumed run must share: the loader's state is a step number, whose samples these decide."""
+
+
+def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
+    """Raise UserError where `checkpoint` is of another model, or of another stream of samples, than `config`."""
+    with torch.device("meta"):
+        ours = {name: list(p.shape) for name, p in build_student(config).named_parameters()}
     saved: dict[str, Any] = checkpoint.index.shapes
-    for name, shape in shapes(engine.student).items():
-        if saved.get(name) != list(shape):
-            held = "nothing" if name not in saved else f"shape {saved[name]}"
+    for name in (*ours, *saved):
+        if saved.get(name) != ours.get(name):
             raise UserError(
-                f"{checkpoint.directory}: holds {held} for {name}, the model has {list(shape)}; "
-                "resume with the configuration in the run's config.yaml, or use train.init"
+                f"{checkpoint.directory}: holds {saved.get(name, 'nothing')} for {name}, the model has "
+                f"{ours.get(name, 'nothing')}; resume with the configuration in the run's config.yaml, or choose "
+                "another train.output_dir (and train.init to start from these weights)"
+            )
+    now = asdict(config)
+    for key in SAME_STREAM:
+        section, leaf = key.split(".")
+        then = checkpoint.index.config[section][leaf]
+        if then != now[section][leaf]:
+            raise UserError(
+                f"{key}: the run in {checkpoint.directory} has {then}, not {now[section][leaf]}, and would see other "
+                "samples from here on; resume with the same, or choose another train.output_dir"
             )

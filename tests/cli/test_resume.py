@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,25 @@ def test_run_directory_holds_what_scripts_rely_on(demo_shards: Path, tmp_path: P
         (step, m) for step in range(1, STEPS + 1) for m in range(2)
     ]
     assert all(len(line["samples"]) == len(line["hashes"]) == 4 for line in consumed)
+
+
+@pytest.mark.timeout(200)
+def test_refused_resume_leaves_the_run_as_it_was(demo_shards: Path, tmp_path: Path) -> None:
+    """Another model or another stream of samples is one line, and neither configuration nor logs are touched;
+    train.init takes the weights into a new run."""
+    run, script = tmp_path / "run", [sys.executable, "launch/pretrain.py", "--deepspeed", "ds_configs/zero2.json"]
+    command = [*script, *TINY, "--data.shards", str(demo_shards / "train"), "--train.output_dir", str(run)]
+    command += ["--train.steps", "3", "--train.log_every", "1"]
+    assert run_command(command, timeout=60, cwd=REPOSITORY, ranks=1).returncode == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "events" not in path.name}
+
+    for change, word in ((["--model.mlp_ratio", "2"], "encoder.blocks.0.mlp"), (["--train.seed", "7"], "train.seed")):
+        done = run_command([*command, *change, "--train.steps", "9"], timeout=60, cwd=REPOSITORY, ranks=1)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("pretrain: error")]
+        assert done.returncode == 2 and len(errors) == 1 and word in errors[0], done.stdout + done.stderr
+        assert {path: path.read_bytes() for path in before} == before
+
+    second = [*command, "--train.init", str(run), "--train.output_dir", str(tmp_path / "second")]
+    done = run_command([*second, "--model.head_layers", "1"], timeout=60, cwd=REPOSITORY, ranks=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "weights from" in done.stdout and "missing: head.bias, head.weight" in done.stdout

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -256,6 +258,7 @@ def broken(**sections: dict[str, Any]) -> Config:
 
 
 RULES: list[tuple[Config, str]] = [
+    (broken(optimizer={"lr": math.nan}, model={"depth": 0}), "optimizer.lr: expected a finite number, got nan"),
     (broken(model={"depth": 0}), "model.width, model.depth and model.heads must be at least 1"),
     (broken(model={"width": 100}), "model.heads: 3 does not divide model.width 100"),
     (broken(model={"head_layers": 3}), "model.head_layers: expected 0, 1 or 2, got 3"),
@@ -264,14 +267,19 @@ RULES: list[tuple[Config, str]] = [
     (broken(vision={"image_size": 60}), "vision.image_size: 60 is not a multiple of vision.patch_size 8"),
     (broken(vision={"patch_size": 0}), "vision.image_size: 64 is not a multiple of vision.patch_size 0"),
     (broken(vision={"channels": 1}), "vision.channels: images are decoded to RGB, so 3, got 1"),
+    (broken(model={"mlp_ratio": 0.0}), "model.mlp_ratio: expected more than 0, got 0.0"),
+    (broken(model={"norm_eps": -1e-6}), "model.norm_eps: expected more than 0, got -1e-06"),
+    (broken(vision={"std": (0.5, 0.0, 0.5)}), "vision.std: pixels are divided by it, so every value must be above 0"),
     (broken(targets={"layers": 7}), "targets.layers: expected 1 to model.depth (6), got 7"),
     (broken(targets={"layers": 0}), "targets.layers: expected 1 to model.depth (6), got 0"),
     (broken(mask={"ratio": 1.0}), "mask.ratio: expected a fraction in [0, 1), got 1.0"),
     (broken(mask={"min_block": 0}), "mask.min_block: expected at least 1 patch, got 0"),
+    (broken(mask={"min_block": 4, "max_block": 3}), "mask.max_block: expected null or at least mask.min_block (4)"),
     (broken(mask={"min_aspect": 1.5}), "mask.min_aspect: expected a ratio in (0, 1], got 1.5"),
     (broken(loss={"beta": 0.0}), "loss.beta: smooth_l1 needs a beta above 0, got 0.0 (use loss.kind mse)"),
     (broken(teacher={"decay_end": 1.1}), "teacher.decay_end: expected a decay in [0, 1], got 1.1"),
     (broken(teacher={"decay_start": -0.1}), "teacher.decay_start: expected a decay in [0, 1], got -0.1"),
+    (broken(teacher={"decay_steps": -1}), "teacher.decay_steps: expected null or at least 0, got -1"),
     (broken(augment={"crop_scale_min": 0.0}), "augment.crop_scale_min and crop_scale_max: expected 0 < min"),
     (broken(augment={"crop_scale_min": 0.9, "crop_scale_max": 0.8}), "augment.crop_scale_min and crop_scale_max"),
     (broken(train={"precision": "fp16"}), "train.precision: fp16 is not supported"),
@@ -284,8 +292,17 @@ RULES: list[tuple[Config, str]] = [
     (broken(data={"window": 0}), "data.workers must be at least 0 and data.window at least 1"),
     (broken(optimizer={"lr": 0.0}), "optimizer.lr and optimizer.eps must be above 0, optimizer.clip at least 0"),
     (broken(optimizer={"clip": -1.0}), "optimizer.lr and optimizer.eps must be above 0, optimizer.clip at least 0"),
+    (broken(optimizer={"betas": (0.9, 1.0)}), "optimizer.betas: expected two decays in [0, 1), got (0.9, 1.0)"),
+    (broken(optimizer={"betas": (-0.1, 0.999)}), "optimizer.betas: expected two decays in [0, 1), got (-0.1, 0.999)"),
+    (broken(optimizer={"weight_decay": -0.05}), "optimizer.weight_decay: expected at least 0, got -0.05"),
     (broken(schedule={"warmup_steps": -1}), "schedule.warmup_steps: expected at least 0, got -1"),
     (broken(schedule={"hold_fraction": 1.5}), "schedule.hold_fraction: expected 0 to 1, got 1.5"),
+    (
+        broken(schedule={"kind": "tri_stage", "final_scale": 0.0}),
+        "schedule.final_scale: tri_stage decays exponentially",
+    ),
+    (broken(data={"max_bad_fraction": 1.5}), "data.max_bad_fraction: expected a fraction in [0, 1], got 1.5"),
+    (broken(data={"max_bad_fraction": -0.1}), "data.max_bad_fraction: expected a fraction in [0, 1], got -0.1"),
     *[
         (broken(data={"micro_batch": dataclasses.replace(Config().data.micro_batch, **budget)}), message)
         for budget, message in (
@@ -332,8 +349,58 @@ def test_every_rule_has_a_case() -> None:
     assert complaints <= reached, f"no case for validate.py lines {sorted(complaints - reached)}"
 
 
+def leaf_annotations(section: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, annotation as written) of every key."""
+    kinds = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(kinds[field.name]):
+            yield from leaf_annotations(kinds[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, str(field.type)
+
+
+def with_value(tree: Any, path: list[str], value: Any) -> Any:
+    """The tree with one leaf replaced, however deep it lies."""
+    name, *rest = path
+    inner = with_value(getattr(tree, name), rest, value) if rest else value
+    return dataclasses.replace(tree, **{name: inner})
+
+
+# From the annotations, not from the values: layer_scale may be null, and micro_batch.seconds is.
+FLOAT_KEYS = [key for key, kind in leaf_annotations(Config) if "float" in kind]
+
+
+@pytest.mark.parametrize("key", sorted(FLOAT_KEYS))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_numbers_are_finite(key: str, value: float) -> None:
+    """Whatever the key and however deep: the complaint is about this one, before any rule that NaN slips through."""
+    default: Any = Config()
+    for name in key.split("."):
+        default = getattr(default, name)
+    given = (*default[:-1], value) if isinstance(default, tuple) else value
+    with pytest.raises(UserError) as caught:
+        validate(with_value(Config(), key.split("."), given))
+    assert str(caught.value) == f"{key}: expected a finite number, got {given}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {weight_decay: .nan}", "optimizer.weight_decay: "),
+        ("loss: {beta: .inf}", "loss.beta: "),
+        ("vision: {mean: [0.5, .nan, 0.5]}", "vision.mean: "),
+    ],
+)
+def test_not_finite_in_a_file(text: str, message: str, write: Any) -> None:
+    assert refusal("--config", write(text)).startswith(message)
+
+
 def test_good_configurations_pass() -> None:
     validate(Config())
     validate(FULL)
     validate(broken(mask={"ratio": 0.0}))  # the control that hides nothing
     validate(broken(targets={"layers": 6}, loss={"kind": "mse", "beta": 0.0}))
+    # At the borders of their ranges.
+    validate(broken(optimizer={"betas": (0.0, 0.0), "weight_decay": 0.0}, mask={"min_block": 4, "max_block": 4}))
+    validate(broken(teacher={"decay_steps": 0}, schedule={"final_scale": 0.0}, data={"max_bad_fraction": 1.0}))
+    validate(broken(data={"max_bad_fraction": 0.0}))

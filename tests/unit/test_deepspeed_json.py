@@ -92,6 +92,11 @@ def test_values_that_agree_are_kept() -> None:
     assert filled({**zero(), "train_batch_size": 60, "gradient_clipping": 2})["train_batch_size"] == 60
     assert filled({**zero(), "fp16": {"enabled": False}})["zero_optimization"]["stage"] == 3
     assert filled({**zero(2, offload_optimizer={"device": "none"})})["zero_optimization"]["stage"] == 2
+    assert filled({**zero(), "torch_autocast": {"enabled": False}})["zero_optimization"]["stage"] == 3
+    assert filled(zero(2, offload_param={"device": "none"}))["zero_optimization"]["stage"] == 2
+    assert filled(zero(zero_hpz_partition_size=1, zenflow=None))["zero_optimization"]["zero_hpz_partition_size"] == 1
+    offloaded = {"device": "cpu", "ratio": 1.0, "super_offload": False}
+    assert filled(zero(offload_optimizer=offloaded))["zero_optimization"]["offload_optimizer"] == offloaded
     assert filled({**zero(), "steps_per_print": 3})["steps_per_print"] == 3
 
 
@@ -131,6 +136,24 @@ def test_contradictions_name_both_sides(change: dict[str, Any], theirs: str, our
         (zero(2, offload_optimizer={"device": "cpu"}), "zero_optimization.offload_optimizer needs stage 3"),
         (zero(2, cpu_offload=True), "zero_optimization.cpu_offload: deprecated in DeepSpeed"),
         (zero(1, round_robin_gradients=True), "zero_optimization.round_robin_gradients: its fragment addresses"),
+        ({**zero(), "amp": {"enabled": True}}, "amp.enabled: apex's mixed precision is not supported"),
+        ({**zero(), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled: autocast is"),
+        (zero(0, offload_param={"device": "cpu"}), "zero_optimization.offload_param needs stage 3"),
+        (zero(2, offload_param={"device": "cpu"}), "zero_optimization.offload_param needs stage 3"),
+        (
+            zero(offload_optimizer={"device": "cpu", "super_offload": True}),
+            "zero_optimization.offload_optimizer.super_offload: it updates weights before",
+        ),
+        (
+            zero(offload_optimizer={"device": "cpu", "ratio": 0.5}),
+            "zero_optimization.offload_optimizer.ratio: expected 1, got 0.5",
+        ),
+        (zero(zero_hpz_partition_size=2), "zero_optimization.zero_hpz_partition_size: the teacher's forward"),
+        (zero(zero_hpz_partition_size="auto"), "zero_optimization.zero_hpz_partition_size: the teacher's forward"),
+        (zero(mics_shard_size=4), "zero_optimization.mics_shard_size: MiCS"),
+        (zero(2, zenflow={"topk_ratio": 0.05}), "zero_optimization.zenflow: it applies gradients of earlier steps"),
+        (zero(zenflow={}), "zero_optimization.zenflow: it applies gradients of earlier steps"),
+        ({**zero(), "torch_autocast": True}, "torch_autocast: expected a JSON object, got True"),
         (zero(4), "zero_optimization.stage: expected 0, 1, 2 or 3, got 4"),
         ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage: expected 0, 1, 2 or 3, got 'auto'"),
         ({"zero_optimization": True}, "zero_optimization: expected a JSON object, got True"),
