@@ -44,8 +44,18 @@ def refuse_unsupported(ds: dict[str, Any]) -> None:
             raise UserError(f"zero_optimization.{key}: expected a JSON object, got {zero[key]!r}")
     if zero_stage(ds) not in (0, 1, 2, 3):
         raise UserError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {zero_stage(ds)!r}")
-    for problem in (*_foreign_sections(ds), *_offload(zero, zero_stage(ds)), *_partitioning(zero)):
+    for problem in (*_foreign_sections(ds), *_non_finite(ds), *_offload(zero, zero_stage(ds)), *_partitioning(zero)):
         raise UserError(problem)
+
+
+def _non_finite(ds: dict[str, Any]) -> Iterator[str]:
+    """What makes DeepSpeed apply a step of NaN instead of skipping it (stages 1 and 2; tried with 0.19)."""
+    for path, value in (
+        ("bf16.check_grad_overflow", ds.get("bf16", {}).get("check_grad_overflow", True)),
+        ("zero_optimization.compute_grad_norm", ds.get("zero_optimization", {}).get("compute_grad_norm", True)),
+    ):
+        if value is not True:
+            yield f"{path}: expected true, got {value!r}: without it, steps that are not finite are applied; remove it"
 
 
 def _foreign_sections(ds: dict[str, Any]) -> Iterator[str]:
@@ -104,6 +114,11 @@ def _partitioning(zero: dict[str, Any]) -> Iterator[str]:
         yield (
             "zero_optimization.zero_hpz_partition_size: the teacher's forward would keep reading a secondary copy of "
             "its weights that no refresh reaches; remove it"
+        )
+    if zero.get("zero_quantized_nontrainable_weights"):
+        yield (
+            "zero_optimization.zero_quantized_nontrainable_weights: the teacher's weights, not trained but changing, "
+            "would be stored as integers; remove it"
         )
     if zero.get("mics_shard_size", -1) not in (-1, 0):
         yield "zero_optimization.mics_shard_size: MiCS partitions weights in a way that is not supported; remove it"

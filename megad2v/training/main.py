@@ -118,7 +118,8 @@ def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> N
         resume="auto", wandb=replace(config.train.wandb, project=None),
     )  # fmt: skip
     # The real decay; no warm-up, whose first learning rate would move no weight.
-    teacher = replace(config.teacher, decay_steps=config.teacher.decay_steps or config.train.steps)
+    decay_steps = config.train.steps if config.teacher.decay_steps is None else config.teacher.decay_steps
+    teacher = replace(config.teacher, decay_steps=decay_steps)
     schedule = replace(config.schedule, kind="constant", warmup_steps=0)
     config = replace(config, train=one, teacher=teacher, schedule=schedule)
     try:

@@ -138,6 +138,8 @@ def test_contradictions_name_both_sides(change: dict[str, Any], theirs: str, our
         (zero(1, round_robin_gradients=True), "zero_optimization.round_robin_gradients: its fragment addresses"),
         ({**zero(), "amp": {"enabled": True}}, "amp.enabled: apex's mixed precision is not supported"),
         ({**zero(), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled: autocast is"),
+        ({**zero(2), "bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow: expected true, got False"),
+        (zero(2, compute_grad_norm=False), "zero_optimization.compute_grad_norm: expected true, got False"),
         (zero(0, offload_param={"device": "cpu"}), "zero_optimization.offload_param needs stage 3"),
         (zero(2, offload_param={"device": "cpu"}), "zero_optimization.offload_param needs stage 3"),
         (
@@ -150,6 +152,10 @@ def test_contradictions_name_both_sides(change: dict[str, Any], theirs: str, our
         ),
         (zero(zero_hpz_partition_size=2), "zero_optimization.zero_hpz_partition_size: the teacher's forward"),
         (zero(zero_hpz_partition_size="auto"), "zero_optimization.zero_hpz_partition_size: the teacher's forward"),
+        (
+            zero(zero_quantized_nontrainable_weights=True),
+            "zero_optimization.zero_quantized_nontrainable_weights: the teacher's weights",
+        ),
         (zero(mics_shard_size=4), "zero_optimization.mics_shard_size: MiCS"),
         (zero(2, zenflow={"topk_ratio": 0.05}), "zero_optimization.zenflow: it applies gradients of earlier steps"),
         (zero(zenflow={}), "zero_optimization.zenflow: it applies gradients of earlier steps"),
