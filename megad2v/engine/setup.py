@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,19 @@ from megad2v.models.block import Block
 from megad2v.models.initialise import initial_value, initialisers
 
 
-def check_zero_keys(ds: dict[str, Any]) -> None:
-    """Raise UserError in one line for a key or value that DeepSpeed's own schema refuses, before anything is built."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+def check_deepspeed(ds: dict[str, Any]) -> None:
+    """Raise UserError in one line for what DeepSpeed's own schema refuses, before anything is built or written."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 
     try:
-        DeepSpeedZeroConfig(**ds["zero_optimization"])
+        DeepSpeedConfig(copy.deepcopy(ds))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise UserError(f"{key}: DeepSpeed refuses it: {first['msg']}") from None
+        where = ".".join([error.title.removeprefix("DeepSpeed").removesuffix("Config"), *map(str, first["loc"])])
+        raise UserError(f"--deepspeed: DeepSpeed refuses {where}: {first['msg']}") from None
+    except (DeepSpeedConfigError, AssertionError) as error:
+        raise UserError(f"--deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
 
 
 def _construct(build: Callable[[], nn.Module], ds: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:

@@ -18,7 +18,7 @@ from megad2v.config.schema import Config
 from megad2v.data.loader import TrainingLoader, validation_batches
 from megad2v.engine.distributed import World, broadcast_text, on_gpu, together
 from megad2v.engine.fragments import shapes
-from megad2v.engine.setup import TrainingEngine, check_zero_keys
+from megad2v.engine.setup import TrainingEngine, check_deepspeed
 from megad2v.errors import UserError
 from megad2v.metrics.flops import flops_per_sample, peak_flops
 from megad2v.metrics.logger import MetricsLogger, drop_later_lines
@@ -39,7 +39,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> 
     _check_ranks(config, world)
     filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.size)
     directory = Path(config.train.output_dir)
-    _on_all(lambda: check_zero_keys(filled))
+    _on_all(lambda: check_deepspeed(filled))
     resumed = _find_resume(config, directory, world)
     source = _find_init(config, world) if resumed is None else None
     start = resumed.index.step if resumed else 0

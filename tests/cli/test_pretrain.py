@@ -88,6 +88,10 @@ def _broken(kind: str, demo: Path, tmp_path: Path) -> tuple[list[str], list[str]
         return ["--data.shards", str(train / "none-*.tar")], ["data.shards", "none-*.tar"]
     if kind == "M_not_divisible":
         return ["--data.shards", str(train), "--train.micro_batches_per_step", "3"], ["micro_batches_per_step", "4"]
+    if kind == "deepspeed_typo":
+        return ["--data.shards", str(train)], ["overlap_com", "DeepSpeed refuses"]
+    if kind == "deepspeed_removed":
+        return ["--data.shards", str(train)], ["Apex AMP", "DeepSpeed refuses"]
     if kind == "contradiction":
         return ["--data.shards", str(train), "--optimizer.clip", "2"], ["gradient_clipping", "optimizer.clip"]
     copy = tmp_path / "copy"
@@ -98,18 +102,25 @@ def _broken(kind: str, demo: Path, tmp_path: Path) -> tuple[list[str], list[str]
     return ["--data.shards", str(copy)], [tar.name]
 
 
+JSON_CHANGES = {
+    "contradiction": (None, {"gradient_clipping": 1.0}),
+    "deepspeed_typo": ("zero_optimization", {"overlap_com": True}),
+    "deepspeed_removed": (None, {"amp": {"enabled": False}}),
+}
+"""Kind of bad DeepSpeed JSON -> (section, keys put into it)."""
+
 ON_TWO_RANKS = {"wrong_path", "M_not_divisible"}
 """What only several ranks can have, and one more to see that a single rank speaks; a launch costs seconds."""
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("kind", ["wrong_path", "empty_pattern", "M_not_divisible", "contradiction", "corrupt_tar"])
+@pytest.mark.parametrize("kind", ["wrong_path", "empty_pattern", "M_not_divisible", *JSON_CHANGES, "corrupt_tar"])
 def test_bad_input_is_one_line(kind: str, demo_shards: Path, tmp_path: Path) -> None:
     flags, words = _broken(kind, demo_shards, tmp_path)
     json_path = tmp_path / "ds.json"
     content = json.loads(Path(ZERO3).read_text())
-    if kind == "contradiction":
-        content["gradient_clipping"] = 1.0
+    section, change = JSON_CHANGES.get(kind, (None, {}))
+    (content if section is None else content[section]).update(change)
     json_path.write_text(json.dumps(content))
     output = tmp_path / "run"
     start = ["deepspeed", "--num_gpus", "2"] if kind in ON_TWO_RANKS else [sys.executable]
