@@ -39,7 +39,7 @@ def _without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("layout", ["zero1", "zero3"])
+@pytest.mark.parametrize("layout", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_resumed_after_a_damaged_checkpoint_equals_uninterrupted(
     layout: str, demo_shards: Path, tmp_path: Path
 ) -> None:
