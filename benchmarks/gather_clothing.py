@@ -28,7 +28,8 @@ def main(work: Path, result: Path) -> None:
             "probe": json.loads((work / f"{name}-probe.json").read_text()),
             "zero": json.loads((work / name / "ds_config.json").read_text())["zero_optimization"]["stage"],
         }
-    result.write_text(json.dumps({"command": "benchmarks/clothing.sh", "runs": runs}, indent=1) + "\n")
+    text = json.dumps({"command": "benchmarks/clothing.sh", "runs": runs}, indent=1)
+    result.write_text(text.replace(str(work), "WORK") + "\n")  # no path of the machine that ran it
     print(f"{result}: {', '.join(runs)}")
 
 
