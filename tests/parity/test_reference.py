@@ -6,7 +6,6 @@ The vectors lie in $MEGAD2V_REFERENCE (default ../shared/reference); others of t
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,11 @@ from megad2v.modalities.vision.fairseq_keys import from_fairseq, to_fairseq
 from megad2v.teacher.schedule import decay_at
 from tests.tolerances import REFERENCE, REFERENCE_GRADIENT
 
-REFERENCE_DIR = Path(os.environ.get("MEGAD2V_REFERENCE", Path(__file__).parents[2].parent / "shared" / "reference"))
-
 
 @pytest.fixture(scope="module")
-def vision() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def vision(reference: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(description, tensors) of the vision vectors."""
-    if not (REFERENCE_DIR / "vision.json").exists():
-        pytest.skip(f"no reference vectors in {REFERENCE_DIR} (set MEGAD2V_REFERENCE)")
-    return json.loads((REFERENCE_DIR / "vision.json").read_text()), load_file(REFERENCE_DIR / "vision.safetensors")
+    return json.loads((reference / "vision.json").read_text()), load_file(reference / "vision.safetensors")
 
 
 def vision_config(reference: dict[str, Any]) -> Config:
