@@ -144,7 +144,7 @@ MUTANTS = (
     Mutant(
         "local instead of global count of masked positions",
         "megad2v/training/step.py",
-        "sum_over_ranks(counts.to(world.device)).tolist()",
+        "sum_over(world.data, counts.to(world.device)).tolist()",
         "counts.to(world.device).tolist()",
         f"{LAYOUT}[zero1_dp2]",
     ),

@@ -13,17 +13,29 @@ import torch
 import torch.distributed as dist
 
 from megad2v.errors import UserError
+from megad2v.parallel.topology import Axis, Topology
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. tp = 1 for now, so every rank is a data-parallel rank."""
+    """Where this process stands."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
+    topology: Topology
+
+    @property
+    def data(self) -> Axis:
+        """Its place among the data-parallel ranks, which share out the micro-batches of a step."""
+        return self.topology.data
+
+    @property
+    def tensor(self) -> Axis:
+        """Its place among the tensor-parallel ranks, which see the same micro-batches."""
+        return self.topology.tensor
 
     @property
     def is_main(self) -> bool:
@@ -65,8 +77,11 @@ def prepare_environment() -> None:
     deepspeed.utils.logger.setLevel(level)
 
 
-def start(rank_from_launcher: int | None = None) -> World:
-    """Join the process group (NCCL on GPUs, gloo on CPUs). One process without a launcher works too."""
+def start(rank_from_launcher: int | None = None, *, tensor_parallel: int = 1) -> World:
+    """Join the process group (NCCL on GPUs, gloo on CPUs). One process without a launcher works too.
+
+    Raises UserError where `tensor_parallel` does not divide the number of ranks.
+    """
     _refuse_lone_ranks()
     prepare_environment()
     import deepspeed
@@ -83,11 +98,15 @@ def start(rank_from_launcher: int | None = None) -> World:
         dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=True
     )
     size = dist.get_world_size()
+    if size % tensor_parallel:
+        raise UserError(
+            f"parallel.tensor: {size} ranks cannot form groups of {tensor_parallel}; start a multiple of it"
+        )
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return World(dist.get_rank(), size, local_rank, local_size, device)
+    return World(dist.get_rank(), size, local_rank, local_size, device, Topology(tensor_parallel, device.type))
 
 
 def barrier() -> None:
@@ -153,7 +172,8 @@ def _merge(problems: list[str | None]) -> str | None:
     return "; ".join(f"rank {', '.join(map(str, where))}: {problem}" for problem, where in ranks.items())
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """All-reduce (sum) a small tensor in place over all ranks; 2 x its bytes per rank."""
-    dist.all_reduce(values)
+def sum_over(axis: Axis, values: torch.Tensor) -> torch.Tensor:
+    """All-reduce (sum) a small tensor in place over the ranks of `axis`; 2 x its bytes per rank."""
+    if axis.size > 1:
+        dist.all_reduce(values, group=axis.group)
     return values

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from megad2v.engine.distributed import World, sum_over_ranks
+from megad2v.engine.distributed import World, sum_over
 from megad2v.engine.setup import TrainingEngine
 from megad2v.metrics.statistics import StepStatistics, retrieval_hits
 from megad2v.modalities.batch import Batch
@@ -30,8 +30,8 @@ def validate(engine: TrainingEngine, batches: Iterable[Batch], *, world: World, 
         hits[1] += int(len(prediction_nd) > 0)
         hits[2] += len(prediction_nd)
     engine.deepspeed.train()
-    sum_over_ranks(statistics.sums)
-    found, chance, rows = sum_over_ranks(hits).tolist()
+    sum_over(world.data, statistics.sums)
+    found, chance, rows = sum_over(world.data, hits).tolist()
     read = statistics.read()
     return {
         "valid_loss": read["loss"],

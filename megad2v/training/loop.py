@@ -12,7 +12,7 @@ from torch import Tensor
 from megad2v.checkpoint.catalog import prune, step_directory
 from megad2v.config.schema import Config
 from megad2v.data.loader import FiniteBatches, TrainingLoader
-from megad2v.engine.distributed import World, sum_over_ranks
+from megad2v.engine.distributed import World, sum_over
 from megad2v.engine.setup import TrainingEngine
 from megad2v.errors import UserError
 from megad2v.metrics.logger import MetricsLogger
@@ -129,7 +129,7 @@ def _count_samples(run: Run, counts: StepCounts) -> None:
 
 
 def _log(run: Run, statistics: StepStatistics, counts: StepCounts, rates: dict[str, float]) -> None:
-    sum_over_ranks(statistics.sums)
+    sum_over(run.world.data, statistics.sums)
     speed = run.throughput.read()
     if run.logger is None:
         return

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ds = read_deepspeed_json(command.deepspeed)
         refuse_unsupported(ds)
         config = with_demo_shards(command.config)
-        world = distributed.start(command.local_rank)
+        world = distributed.start(command.local_rank, tensor_parallel=config.parallel.tensor)
         if command.check:
             check(config, ds, world, recipe=command.recipe)
         else:

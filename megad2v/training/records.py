@@ -12,13 +12,15 @@ from megad2v.modalities.batch import Batch
 
 
 class RunRecords:
-    """One writer per rank."""
+    """One writer per data-parallel rank."""
 
     def __init__(self, run: Path, world: World, *, trace: bool, resumed_at: int) -> None:
-        self._world = world
+        self._data = world.data
+        # Tensor-parallel ranks consume the same micro-batches: one of them writes.
+        self._writes = world.tensor.rank == 0
         self._quarantine = run / "quarantine.jsonl"
         self._trace = None
-        if trace:
+        if trace and self._writes:
             path = run / "trace" / f"rank{world.rank}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             drop_later_lines(path, resumed_at)
@@ -26,8 +28,8 @@ class RunRecords:
 
     def consumed(self, step: int, batches: Sequence[Batch]) -> None:
         """Record this rank's micro-batches of step number `step` (from 1): ids, and hashes of crop and mask."""
-        for place, batch in enumerate(batches):
-            micro_batch = self._world.rank + place * self._world.size
+        for place, batch in enumerate(batches if self._writes else ()):
+            micro_batch = self._data.rank + place * self._data.size
             if self._trace is not None:
                 line = {
                     "step": step,

@@ -37,17 +37,17 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> 
     """Everything of a run, resumed where train.resume says so. Collective; raises UserError alike on every rank."""
     precision = resolve_precision(config.train.precision)
     _check_ranks(config, world)
-    filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.size)
+    filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.data.size)
     directory = Path(config.train.output_dir)
     _on_all(lambda: check_deepspeed(filled))
     resumed = _find_resume(config, directory, world)
     source = _find_init(config, world) if resumed is None else None
     start = resumed.index.step if resumed else 0
 
-    loader = _on_all(lambda: TrainingLoader(config, rank=world.rank, world=world.size, start_step=start))
+    loader = _on_all(lambda: TrainingLoader(config, rank=world.data.rank, world=world.data.size, start_step=start))
     valid = None
     if config.data.valid is not None:
-        valid = _on_all(lambda: validation_batches(config, rank=world.rank, world=world.size))
+        valid = _on_all(lambda: validation_batches(config, rank=world.data.rank, world=world.data.size))
     _on_all(lambda: _prepare_directory(config, filled, directory, start) if world.is_main else None)
     logger = _on_all(
         lambda: (
@@ -125,11 +125,12 @@ def _on_all(action: Callable[[], T]) -> T:
 
 def _check_ranks(config: Config, world: World) -> None:
     micro_batches = config.train.micro_batches_per_step
-    if micro_batches % world.size:
-        fitting = list(range(world.size, micro_batches + world.size, world.size))
+    ranks = world.data.size
+    if micro_batches % ranks:
+        fitting = list(range(ranks, micro_batches + ranks, ranks))
         raise UserError(
-            f"train.micro_batches_per_step: {micro_batches} micro-batches cannot be shared evenly by {world.size} "
-            f"data-parallel ranks; use a multiple of {world.size}, such as {fitting[-1]}"
+            f"train.micro_batches_per_step: {micro_batches} micro-batches cannot be shared evenly by {ranks} "
+            f"data-parallel ranks; use a multiple of {ranks}, such as {fitting[-1]}"
         )
 
 

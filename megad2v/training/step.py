@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megad2v.engine.distributed import World, sum_over_ranks
+from megad2v.engine.distributed import World, sum_over
 from megad2v.engine.setup import TrainingEngine
 from megad2v.metrics.statistics import StepStatistics
 from megad2v.modalities.batch import Batch
@@ -25,11 +25,12 @@ class StepCounts:
 
 
 def count_step(batches: Sequence[Batch], world: World) -> StepCounts:
-    """The step's masked positions, samples and dropped samples over all ranks: one all-reduce of three integers."""
+    """The step's masked positions, samples and dropped samples over all data-parallel ranks: one all-reduce of three
+    integers."""
     counts = torch.zeros(3, dtype=torch.int64)
     for batch in batches:
         counts += torch.tensor([batch.masked_count(), len(batch.sample_ids), len(batch.dropped)])
-    return StepCounts(*sum_over_ranks(counts.to(world.device)).tolist())
+    return StepCounts(*sum_over(world.data, counts.to(world.device)).tolist())
 
 
 def seed_forward(seed: int, step: int, micro_batch: int) -> None:
@@ -56,7 +57,7 @@ def take_step(
     skipped: then neither weights nor teacher have changed. Collective, the same on every rank.
     """
     for place, batch in enumerate(batches):
-        seed_forward(seed, step, world.rank + place * world.size)
+        seed_forward(seed, step, world.data.rank + place * world.data.size)
         batch = batch.to(world.device)
         loss_sum, prediction_nd, target_nd = engine.forward(batch.inputs, batch.mask_bmt, batch.padding_bt)
         engine.backward(loss_sum, counts.masked)

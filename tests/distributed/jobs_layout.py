@@ -37,7 +37,7 @@ def _build(arguments: dict[str, Any]) -> tuple[Any, ...]:
     config = tiny_config(
         micro_batches=arguments["micro_batches"], steps=arguments["schedule_steps"], scope=arguments["scope"]
     )
-    ds = deepspeed_config(config, arguments["layout"], world.size, arguments.get("persistence"))
+    ds = deepspeed_config(config, arguments["layout"], world.data.size, arguments.get("persistence"))
     engine = build_engine(config, ds, world)
     return world, config, engine, ShardedTeacher(engine)
 
@@ -58,7 +58,7 @@ def _run_step(world: Any, config: Any, engine: Any, teacher: Any, step: int, sta
     from megad2v.training.step import count_step, take_step
     from tests.distributed.layouts import micro_batch
 
-    places = range(world.rank, config.train.micro_batches_per_step, world.size)
+    places = range(world.data.rank, config.train.micro_batches_per_step, world.data.size)
     batches = [micro_batch(step, m) for m in places]
     counts = count_step(batches, world)
     _, decay = _rates(config, step)
@@ -83,7 +83,7 @@ def curve(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     world, config, engine, teacher = _build(arguments)
     from deepspeed.utils import safe_get_full_grad
 
-    from megad2v.engine.distributed import sum_over_ranks
+    from megad2v.engine.distributed import sum_over
     from megad2v.metrics.statistics import StepStatistics
 
     gradients: dict[str, torch.Tensor] = {}
@@ -100,7 +100,7 @@ def curve(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     for step in range(arguments["steps"]):
         statistics = StepStatistics(config.model.width, world.device)
         counts.append(_run_step(world, config, engine, teacher, step, statistics))
-        sum_over_ranks(statistics.sums)
+        sum_over(world.data, statistics.sums)
         losses.append(statistics.read()["loss"])
         norms.append(engine.gradient_norm())
     student, average = gathered(engine, engine.student), gathered(engine, engine.teacher_module)

@@ -55,7 +55,7 @@ class _Trainer:
         from tests.distributed.harness import REPOSITORY
 
         ds = read_deepspeed_json(REPOSITORY / "ds_configs" / f"{layout}.json")
-        filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.size)
+        filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.data.size)
         self.config, self.world = config, world
         self.engine = build_engine(config, filled, world)
         self.teacher = ShardedTeacher(self.engine)
@@ -65,7 +65,7 @@ class _Trainer:
         from tests.distributed.layouts import micro_batch
 
         world = self.world
-        places = range(world.rank, self.config.train.micro_batches_per_step, world.size)
+        places = range(world.data.rank, self.config.train.micro_batches_per_step, world.data.size)
         batches = [micro_batch(step, m) for m in places]
         if poison and world.rank == POISONED_RANK:
             batches[0] = _poisoned(batches[0])  # not the last: what follows must not hide it

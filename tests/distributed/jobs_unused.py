@@ -54,7 +54,7 @@ def gaps(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
 def _train(layout: str, world: Any, steps: int, output: Path) -> dict[str, list[float]]:
     from deepspeed.utils import safe_get_full_grad
 
-    from megad2v.engine.distributed import sum_over_ranks
+    from megad2v.engine.distributed import sum_over
     from megad2v.engine.setup import TrainingEngine
     from megad2v.metrics.statistics import StepStatistics
     from megad2v.teacher.ema import ShardedTeacher
@@ -66,7 +66,7 @@ def _train(layout: str, world: Any, steps: int, output: Path) -> dict[str, list[
     engine = TrainingEngine(
         lambda: student_with_gaps(config),
         lambda: build_teacher(config),
-        deepspeed_config(config, layout, world.size),
+        deepspeed_config(config, layout, world.data.size),
         optimizer={"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay},
         decay_all=True,
         seed=config.train.seed,
@@ -87,7 +87,7 @@ def _train(layout: str, world: Any, steps: int, output: Path) -> dict[str, list[
         engine.student.head.used = used_in(step)
         statistics = StepStatistics(config.model.width, world.device)
         _run_step(world, config, engine, teacher, step, statistics)
-        sum_over_ranks(statistics.sums)
+        sum_over(world.data, statistics.sums)
         seen["losses"].append(statistics.read()["loss"])
         seen["norms"].append(engine.gradient_norm())
     weights = gathered(engine, engine.student)
