@@ -257,9 +257,11 @@ class ParallelConfig:
     """How layers are split over ranks."""
 
     tensor: int = 1
-    """Tensor-parallel size. Only 1 for now."""
+    """Tensor-parallel size: ranks that share every attention (by heads) and MLP (by hidden units). It must divide the
+    number of ranks, model.heads and the hidden width; keep it within a node. Data-parallel size = ranks / tensor."""
     sequence: bool = False
-    """Megatron sequence parallelism of norms and dropouts. Not yet."""
+    """Megatron sequence parallelism: norms, dropouts and the residual stream between layers are split over the
+    tensor-parallel ranks too. The same bytes are sent, activation memory shrinks."""
 
 
 @dataclass(frozen=True)

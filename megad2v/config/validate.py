@@ -110,6 +110,18 @@ def _optimisation(config: Config) -> list[str]:
     return problems
 
 
+def _parallel(config: Config) -> list[str]:
+    tensor, model, problems = config.parallel.tensor, config.model, []
+    if tensor < 1:
+        return [f"parallel.tensor: expected at least 1, got {tensor}"]
+    for key, total in (("model.heads", model.heads), ("model.mlp_ratio x width", int(model.width * model.mlp_ratio))):
+        if total % tensor:
+            problems.append(f"parallel.tensor: {tensor} ranks cannot share {key} = {total} equally; use a divisor")
+    if config.parallel.sequence and tensor == 1:
+        problems.append("parallel.sequence: splits over tensor-parallel ranks; set parallel.tensor above 1 or leave it")
+    return problems
+
+
 def _run(config: Config) -> list[str]:
     train, problems = config.train, []
     if train.precision == "fp16":
@@ -117,10 +129,7 @@ def _run(config: Config) -> list[str]:
             "train.precision: fp16 is not supported (loss scaling skips steps that the teacher would still average); "
             "use bf16 on GPUs or fp32"
         )
-    if config.parallel.tensor != 1 or config.parallel.sequence:
-        problems.append(
-            "parallel.tensor, parallel.sequence: tensor parallelism is not available yet; leave 1 and false"
-        )
+    problems += _parallel(config)
     for key, least in (
         ("steps", 1),
         ("micro_batches_per_step", 1),

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megad2v.engine.distributed import on_gpu
+from megad2v.parallel.sharding import shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps per element."""
@@ -32,6 +33,8 @@ class Fragment:
     """Index of the flat buffer that it lies in (see `ZeroState.partitions`)."""
     offset: int
     """Where it starts in that buffer."""
+    split: bool = False
+    """Whether tensor-parallel ranks hold other slices of `name`; False: they hold equal copies."""
 
 
 class ZeroState(Protocol):
@@ -50,8 +53,8 @@ class ZeroState(Protocol):
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:
-    """Full shape of every parameter, partitioned or not."""
-    return {name: getattr(p, "ds_shape", p.shape) for name, p in module.named_parameters()}
+    """Full shape of every parameter, whatever it is split or partitioned over."""
+    return {name: shard_of(p).full_shape for name, p in module.named_parameters()}
 
 
 class ReplicatedWeights:
@@ -73,14 +76,15 @@ class ReplicatedWeights:
         mapping = parameter._hp_mapping
         if mapping is None:  # no element of it lies in this rank's partition
             return None
-        address = mapping.lp_fragment_address
+        address, shard = mapping.lp_fragment_address, shard_of(parameter)
         return Fragment(
             name=name,
-            start=address.start,
+            start=shard.start + address.start,
             length=address.numel,
             master=mapping.hp_fragment.detach(),
             partition=mapping.param_group_index,
             offset=mapping.hp_fragment_address.start,
+            split=shard.split,
         )
 
     def publish(self) -> None:
@@ -108,7 +112,8 @@ class PartitionedWeights:
         if length == 0:
             return None
         master = self.partitions[partition].detach().narrow(0, offset, length)
-        return Fragment(name, start, length, master, partition, offset)
+        shard = shard_of(parameter)
+        return Fragment(name, shard.start + start, length, master, partition, offset, shard.split)
 
     def publish(self) -> None:
         """Cast each master into its weight slice: nothing is sent. Weights that stay gathered are dropped, so that
@@ -133,7 +138,8 @@ def zero_state(engine: Any) -> ZeroState:
 
 
 def local_range(parameter: nn.Parameter, slot: int | None = None) -> tuple[int, int]:
-    """(start, length) of this rank's slice of a ZeRO-3 parameter. Tail ranks hold uninitialised padding beyond it."""
+    """(start, length) of this rank's slice of a ZeRO-3 parameter, within a tensor-parallel slice if it is one. Tail ranks
+    hold uninitialised padding beyond it."""
     slot = slot if slot is not None else parameter.ds_tensor.ds_numel
     start = dist.get_rank(parameter.ds_process_group) * slot
     return start, max(0, min(slot, parameter.ds_numel - start))

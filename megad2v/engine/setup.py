@@ -13,15 +13,17 @@ from megad2v.engine.fragments import ZeroState, local_range, write_slice, zero_s
 from megad2v.errors import UserError
 from megad2v.models.block import Block
 from megad2v.models.initialise import initial_value, initialisers
+from megad2v.parallel.sharding import shard_of
+from megad2v.parallel.topology import Topology
 
 
-def check_deepspeed(ds: dict[str, Any]) -> None:
+def check_deepspeed(ds: dict[str, Any], topology: Topology) -> None:
     """Raise UserError in one line for what DeepSpeed's own schema refuses, before anything is built or written."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 
     try:
-        DeepSpeedConfig(copy.deepcopy(ds))
+        DeepSpeedConfig(copy.deepcopy(ds), mpu=_mpu(topology))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([error.title.removeprefix("DeepSpeed").removesuffix("Config"), *map(str, first["loc"])])
@@ -30,14 +32,24 @@ def check_deepspeed(ds: dict[str, Any]) -> None:
         raise UserError(f"--deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
 
 
-def _construct(build: Callable[[], nn.Module], ds: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+def _mpu(topology: Topology) -> Topology | None:
+    """What DeepSpeed is told: without tensor parallelism it makes its own groups."""
+    return topology if topology.tensor.size > 1 else None
+
+
+def _construct(
+    build: Callable[[], nn.Module], ds: dict[str, Any], dtype: torch.dtype, device: torch.device, topology: Topology
+) -> Any:
     """Build a module: partitioned as it grows under ZeRO-3, whole on `device` otherwise. Values are not set yet."""
     import deepspeed
 
     if ds["zero_optimization"]["stage"] < 3:
         return build().to(device=device, dtype=dtype)
     # The dtype must come from the configuration: `Init(dtype=torch.float32)` gives bf16 on CPUs without fp16.
-    with deepspeed.zero.Init(config_dict_or_path=ds):
+    # And without the group it would partition over all ranks, whatever the mpu says: silently wrong weights.
+    with deepspeed.zero.Init(
+        config_dict_or_path=ds, mpu=_mpu(topology), data_parallel_group=topology.get_data_parallel_group()
+    ):
         module = build()
     # Whole blocks are fetched at once: a trace that changes between steps would never prefetch otherwise.
     deepspeed.utils.set_z3_leaf_modules(module, [Block])
@@ -48,12 +60,13 @@ def _construct(build: Callable[[], nn.Module], ds: dict[str, Any], dtype: torch.
 def write_initial_weights(module: nn.Module, seed: int) -> None:
     """Fill every parameter, or this rank's slice of it, from (seed, name). Nothing is sent."""
     for name, parameter, initialiser in initialisers(module):
+        shard = shard_of(parameter)
+        value = initial_value(seed, name, shard.full_shape, initialiser).flatten()[shard.start :]
         if hasattr(parameter, "ds_tensor"):
-            value = initial_value(seed, name, parameter.ds_shape, initialiser)
             start, length = local_range(parameter)
-            write_slice(parameter, value.flatten()[start : start + length])
+            write_slice(parameter, value[start : start + length])
         else:
-            parameter.copy_(initial_value(seed, name, parameter.shape, initialiser))
+            parameter.copy_(value[: parameter.numel()].view(parameter.shape))
 
 
 def optimizer_groups(
@@ -85,18 +98,22 @@ class TrainingEngine:
         decay_all: bool,
         seed: int,
         device: torch.device,
+        topology: Topology,
     ) -> None:
         """`ds` is the filled DeepSpeed configuration, `optimizer` AdamW's keyword arguments. Collective."""
         import deepspeed
 
         dtype = torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32
-        student = _construct(build_student, ds, dtype, device)
+        student = _construct(build_student, ds, dtype, device, topology)
         write_initial_weights(student, seed)
-        teacher = _construct(build_teacher, ds, dtype, device)
+        teacher = _construct(build_teacher, ds, dtype, device, topology)
         averaged = {name for name, _ in teacher.named_parameters()}
         groups = optimizer_groups(student, averaged, weight_decay=optimizer["weight_decay"], decay_all=decay_all)
         adamw = torch.optim.AdamW(groups, fused=True, **optimizer)
-        self.deepspeed, *_ = deepspeed.initialize(model=student, optimizer=adamw, config=ds, dist_init_required=False)
+        self._mpu = _mpu(topology)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=student, optimizer=adamw, config=ds, mpu=self._mpu, dist_init_required=False
+        )
         self.state: ZeroState = zero_state(self.deepspeed)
         if any(f.master.dtype != torch.float32 for f in self.state.fragments):
             raise RuntimeError("the optimizer's master weights are not float32: the teacher would average rounded ones")
@@ -106,14 +123,13 @@ class TrainingEngine:
         self.data_parallel: int = self.deepspeed.dp_world_size
         self._managed: bool = ds.get("managed_gradient_accumulation", True)
 
-    @staticmethod
-    def _teacher_engine(teacher: nn.Module, ds: dict[str, Any]) -> nn.Module:
+    def _teacher_engine(self, teacher: nn.Module, ds: dict[str, Any]) -> nn.Module:
         """A second engine, without an optimizer, gathers the teacher's weights: the student's trace stays its own."""
         import deepspeed
 
         zero = {key: value for key, value in ds["zero_optimization"].items() if key != "offload_optimizer"}
         engine, *_ = deepspeed.initialize(
-            model=teacher, config={**ds, "zero_optimization": zero}, dist_init_required=False
+            model=teacher, config={**ds, "zero_optimization": zero}, mpu=self._mpu, dist_init_required=False
         )
         engine.eval()
         return engine

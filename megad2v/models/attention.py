@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = dropout
+        self.draws = layers.head_draws if dropout else nullcontext
         self.qkv = layers.qkv(width, heads, bias=qkv_bias, weight=weight)
         self.output = layers.row(width, width, weight=output_weight, bias=zeros)
 
@@ -33,7 +36,8 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D); `bias` is added to the logits, broadcastable to (B, heads, T, T)."""
         q, k, v = self.qkv(x_btd)
         dropout = self.dropout if self.training else 0.0
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        with self.draws():
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         return self.output(context.transpose(1, 2).flatten(2))
 
 
@@ -64,7 +68,7 @@ class RelativePositionBias(nn.Module):
     def __init__(self, layers: Layers, grid: int, heads: int) -> None:
         super().__init__()
         entries = (2 * grid - 1) ** 2 + 3
-        self.table = nn.Parameter(torch.empty(layers.heads(heads), entries))
+        self.table = layers.head_table(heads, entries)
         self.initialisers = {"table": zeros}
         self.register_buffer("index", relative_index(grid), persistent=False)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megad2v.models.attention import Attention
-from megad2v.models.initialise import Initialiser, constant, zeros
+from megad2v.models.initialise import Initialiser, zeros
 from megad2v.models.layers import Layers
 
 
@@ -24,19 +26,6 @@ class MLP(nn.Module):
     def forward(self, x_btd: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         return self.output(F.gelu(self.input(x_btd)))
-
-
-class LayerScale(nn.Module):
-    """A learned factor per channel on a residual branch."""
-
-    def __init__(self, width: int, initial: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(width))
-        self.initialisers = {"gamma": constant(initial)}
-
-    def forward(self, x_btd: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return x_btd * self.gamma
 
 
 def drop_path(x_btd: Tensor, rate: float, training: bool) -> Tensor:
@@ -76,6 +65,7 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm = norm == "pre"
         self.dropout, self.drop_path = dropout, drop_path
+        self.draws = layers.residual_draws if dropout else nullcontext
         self.attention_norm = layers.norm(width, eps)
         self.attention = Attention(
             layers,
@@ -89,11 +79,13 @@ class Block(nn.Module):
         self.mlp_norm = layers.norm(width, eps)
         self.mlp = MLP(layers, width, hidden, weight=weight, output_weight=output_weight)
         scaled = layer_scale is not None
-        self.attention_scale = LayerScale(width, layer_scale) if scaled else nn.Identity()
-        self.mlp_scale = LayerScale(width, layer_scale) if scaled else nn.Identity()
+        self.attention_scale = layers.scale(width, layer_scale) if scaled else nn.Identity()
+        self.mlp_scale = layers.scale(width, layer_scale) if scaled else nn.Identity()
 
     def _drop(self, x_btd: Tensor) -> Tensor:
-        return drop_path(F.dropout(x_btd, self.dropout, self.training), self.drop_path, self.training)
+        with self.draws():
+            x_btd = F.dropout(x_btd, self.dropout, self.training)
+        return drop_path(x_btd, self.drop_path, self.training)
 
     def forward(self, x_btd: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, D), logit bias broadcastable to (B, heads, T, T) -> block output, FFN branch; both (B, T, D)."""

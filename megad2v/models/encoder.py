@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megad2v.models.attention import RelativePositionBias
@@ -43,7 +44,7 @@ class Encoder(nn.Module):
         layers: Layers | None = None,
     ) -> None:
         super().__init__()
-        layers = layers or VanillaLayers()
+        self.layers = layers = layers or VanillaLayers()
         self.pre_norm = norm == "pre"
         self.relative_bias = RelativePositionBias(layers, grid, heads) if grid is not None else None
         rates = [drop_path * position / max(1, depth - 1) for position in range(depth)]
@@ -67,8 +68,15 @@ class Encoder(nn.Module):
         )
         self.norm = layers.norm(width, eps)
 
-    def _logit_bias(self, x_btd: Tensor, padding_bt: Tensor | None) -> Tensor | None:
-        bias = self.relative_bias().to(x_btd.dtype) if self.relative_bias is not None else None
+    def _logit_bias(self, x_btd: Tensor, padding_bt: Tensor | None, extra: int) -> Tensor | None:
+        """`extra` positions follow the sequence; nobody attends to them."""
+        bias = None
+        if self.relative_bias is not None:
+            bias = F.pad(self.relative_bias(), (0, extra, 0, extra)).to(x_btd.dtype)
+        if extra:
+            b, t, _ = x_btd.shape
+            real_bt = x_btd.new_zeros(b, t, dtype=torch.bool) if padding_bt is None else padding_bt
+            padding_bt = F.pad(real_bt, (0, extra), value=True)
         if padding_bt is None:
             return bias
         hidden = torch.zeros(padding_bt.shape, dtype=x_btd.dtype, device=x_btd.device)
@@ -81,7 +89,10 @@ class Encoder(nn.Module):
         """Encode. Returns the normalised output (B, T, D) and the `tensor` ("block" output or "ffn" branch) of the
         `last` blocks, bottom up, each (B, T, D). `padding_bt` is True where a position is padding.
         """
-        bias = self._logit_bias(x_btd, padding_bt)
+        length = x_btd.shape[1]
+        extra = -length % self.layers.sequence_multiple
+        bias = self._logit_bias(x_btd, padding_bt, extra)
+        x_btd = self.layers.split_sequence(F.pad(x_btd, (0, 0, 0, extra)) if extra else x_btd)
         if not self.pre_norm:
             x_btd = self.norm(x_btd)
         kept: list[Tensor] = []
@@ -89,4 +100,9 @@ class Encoder(nn.Module):
             x_btd, branch = block(x_btd, bias)
             if position > len(self.blocks) - last:
                 kept.append(x_btd if tensor == "block" else branch)
-        return (self.norm(x_btd) if self.pre_norm else x_btd), kept
+        x_btd = self.norm(x_btd) if self.pre_norm else x_btd
+        return self._whole(x_btd, length), [self._whole(layer_btd, length) for layer_btd in kept]
+
+    def _whole(self, x_btd: Tensor, length: int) -> Tensor:
+        """The sequence without what was added to its end."""
+        return self.layers.join_sequence(x_btd)[:, :length]

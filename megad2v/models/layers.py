@@ -7,6 +7,8 @@ inputs), so that any slice, tensor-parallel or ZeRO, is one contiguous range of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -53,13 +55,17 @@ class QKVLinear(nn.Module):
     `bias`: "full" (3 per head), "no_key" (query and value only: a bias on the key changes no softmax) or "none".
     """
 
-    def __init__(self, width: int, heads: int, *, bias: str, weight: Initialiser) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, *, bias: str, weight: Initialiser) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.bias_kind = heads, width // heads, bias
-        self.weight = nn.Parameter(torch.empty(heads * 3 * self.head_dim, width))
+        self.heads, self.head_dim, self.bias_kind = heads, head_dim, bias
+        self.weight = nn.Parameter(torch.empty(heads * 3 * head_dim, width))
         biases = {"full": 3, "no_key": 2, "none": 0}[bias]
-        self.bias = nn.Parameter(torch.empty(heads * biases * self.head_dim)) if biases else None
+        self.bias = nn.Parameter(torch.empty(heads * biases * head_dim)) if biases else None
         self.initialisers = {"weight": weight, "bias": zeros}
+
+    def linear(self, x_btd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product; tensor parallelism sends around it."""
+        return F.linear(x_btd, weight, bias)
 
     def forward(self, x_btd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) -> query, key, value, each (B, heads, T, head_dim)."""
@@ -67,24 +73,60 @@ class QKVLinear(nn.Module):
         if self.bias_kind == "no_key":
             qv = self.bias.view(self.heads, 2, self.head_dim)
             bias = torch.stack((qv[:, 0], torch.zeros_like(qv[:, 0]), qv[:, 1]), dim=1).flatten()
-        b, t, _ = x_btd.shape
-        qkv = F.linear(x_btd, self.weight, bias).view(b, t, self.heads, 3, self.head_dim)
+        qkv = self.linear(x_btd, self.weight, bias).unflatten(-1, (self.heads, 3, self.head_dim))
         return tuple(qkv.permute(3, 0, 2, 1, 4))
+
+
+Share = Callable[..., tuple[Tensor, ...]]
+"""How a layer that is not split uses its parameters: as they are (`unshared`), or, where each rank sees another part of
+the sequence, through a function that sums their gradients over those ranks."""
+
+
+def unshared(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """The parameters themselves."""
+    return parameters
 
 
 class LayerNorm(nn.Module):
     """Affine layer norm over channels; apex's fused kernel on GPUs where apex is installed, else torch's."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, share: Share = unshared) -> None:
         super().__init__()
-        self.width, self.eps = width, eps
+        self.width, self.eps, self.share = width, eps, share
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width))
         self.initialisers = {"weight": constant(1.0), "bias": zeros}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, *self.share(self.weight, self.bias), self.eps)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch."""
+
+    def __init__(self, width: int, initial: float, share: Share = unshared) -> None:
+        super().__init__()
+        self.share = share
+        self.gamma = nn.Parameter(torch.empty(width))
+        self.initialisers = {"gamma": constant(initial)}
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return x_btd * self.share(self.gamma)[0]
+
+
+class Embedding(nn.Module):
+    """Rows of a (vocabulary, D) table."""
+
+    def __init__(self, vocabulary: int, width: int, *, weight: Initialiser) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, width))
+        self.initialisers = {"weight": weight}
+
+    def forward(self, ids_bt: Tensor) -> Tensor:
+        """int64 (B, T) -> (B, T, D)."""
+        return F.embedding(ids_bt, self.weight)
 
 
 def _apex_layer_norm() -> object | None:
@@ -107,9 +149,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 class Layers(Protocol):
-    """What a model asks of whoever splits its layers. `heads(n)` is how many of n heads this rank holds."""
+    """What a model asks of whoever splits its layers, and its activations between them."""
 
-    def heads(self, total: int) -> int: ...
+    sequence_multiple: int
+    """What the encoder's sequence length is padded to a multiple of."""
 
     def column(self, inputs: int, outputs: int, *, weight: Initialiser, bias: Initialiser | None) -> nn.Module: ...
 
@@ -117,17 +160,53 @@ class Layers(Protocol):
 
     def qkv(self, width: int, heads: int, *, bias: str, weight: Initialiser) -> nn.Module: ...
 
+    def head_table(self, heads: int, entries: int) -> nn.Parameter:
+        """A parameter (heads, entries), of which a rank holds its own heads' rows."""
+
     def norm(self, width: int, eps: float) -> nn.Module: ...
+
+    def scale(self, width: int, initial: float) -> nn.Module: ...
+
+    def embedding(self, vocabulary: int, width: int, *, weight: Initialiser) -> nn.Module: ...
+
+    def split_sequence(self, x_btd: Tensor) -> Tensor:
+        """Before the first block: this rank's part of the residual stream."""
+
+    def join_sequence(self, x_btd: Tensor) -> Tensor:
+        """After the last: the whole of it, on every rank."""
+
+    def head_draws(self) -> AbstractContextManager[None]:
+        """Around random draws on tensors that are split by heads."""
+
+    def residual_draws(self) -> AbstractContextManager[None]:
+        """Around random draws per element of the residual stream."""
 
 
 class VanillaLayers:
     """Everything on one rank (tensor-parallel size 1)."""
 
-    def heads(self, total: int) -> int:
-        """All of them."""
-        return total
-
+    sequence_multiple = 1
     column = staticmethod(ColumnLinear)
     row = staticmethod(RowLinear)
-    qkv = staticmethod(QKVLinear)
     norm = staticmethod(LayerNorm)
+    scale = staticmethod(LayerScale)
+    embedding = staticmethod(Embedding)
+    head_draws = staticmethod(nullcontext)
+    residual_draws = staticmethod(nullcontext)
+
+    @staticmethod
+    def qkv(width: int, heads: int, *, bias: str, weight: Initialiser) -> QKVLinear:
+        """All heads."""
+        return QKVLinear(width, heads, width // heads, bias=bias, weight=weight)
+
+    @staticmethod
+    def head_table(heads: int, entries: int) -> nn.Parameter:
+        """All rows."""
+        return nn.Parameter(torch.empty(heads, entries))
+
+    @staticmethod
+    def split_sequence(x_btd: Tensor) -> Tensor:
+        """All of it."""
+        return x_btd
+
+    join_sequence = split_sequence

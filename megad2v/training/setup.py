@@ -25,6 +25,7 @@ from megad2v.metrics.logger import MetricsLogger, drop_later_lines
 from megad2v.metrics.report import start_up_report
 from megad2v.metrics.throughput import Throughput
 from megad2v.modalities.build import build_student, build_teacher, positions
+from megad2v.parallel.layers import layers_for
 from megad2v.teacher.ema import ShardedTeacher
 from megad2v.training.loop import Run
 from megad2v.training.records import RunRecords
@@ -39,7 +40,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> 
     _check_ranks(config, world)
     filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.data.size)
     directory = Path(config.train.output_dir)
-    _on_all(lambda: check_deepspeed(filled))
+    _on_all(lambda: check_deepspeed(filled, world.topology))
     resumed = _find_resume(config, directory, world)
     source = _find_init(config, world) if resumed is None else None
     start = resumed.index.step if resumed else 0
@@ -93,9 +94,10 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> 
 def build_engine(config: Config, filled: dict[str, Any], world: World) -> TrainingEngine:
     """Student and teacher under DeepSpeed, from a configuration and its filled DeepSpeed JSON. Collective."""
     optimizer = config.optimizer
+    layers = layers_for(world.tensor, sequence=config.parallel.sequence)
     return TrainingEngine(
-        lambda: build_student(config),
-        lambda: build_teacher(config),
+        lambda: build_student(config, layers),
+        lambda: build_teacher(config, layers),
         filled,
         optimizer={
             "lr": optimizer.lr,
@@ -106,6 +108,7 @@ def build_engine(config: Config, filled: dict[str, Any], world: World) -> Traini
         decay_all=optimizer.decay_all,
         seed=config.train.seed,
         device=world.device,
+        topology=world.topology,
     )
 
 

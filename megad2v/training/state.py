@@ -63,7 +63,11 @@ def save(
     entries = adam_entries(engine.deepspeed, engine.state)
     write_checkpoint(
         directory,
-        [Piece(kind, f.name, f.start, memory) for kind, f, memory in state_memory(engine, teacher)],
+        [
+            Piece(kind, f.name, f.start, memory)
+            for kind, f, memory in state_memory(engine, teacher)
+            if f.split or world.tensor.rank == 0  # of equal copies one is saved
+        ],
         step=progress.step,
         shapes={name: list(shape) for name, shape in shapes(engine.student).items()},
         state={

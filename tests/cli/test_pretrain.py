@@ -36,7 +36,7 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--deepspeed", ZERO3, "--config", "vision_tyni"], ["vision_tyni", "did you mean vision_tiny?"]),
         (["--deepspeed", "no/such.json"], ["no/such.json", "ds_configs/zero3.json"]),
         (["--config", "vision_tiny"], ["--deepspeed"]),
-        (["--deepspeed", ZERO3, "--parallel.tensor", "2"], ["parallel.tensor"]),
+        (["--deepspeed", ZERO3, "--parallel.tensor", "3"], ["parallel.tensor", "model.heads = 4"]),
     ],
 )
 def test_refuses_in_one_line(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megad2v.config.schema import ParallelConfig
+from megad2v.parallel.topology import Axis
+
+
+TENSOR = [Axis(0, 1)]
+"""The tensor-parallel axis of this process's engine, for `whole`."""
 
 
 class CountCollectives(TorchDispatchMode):
@@ -28,7 +36,7 @@ class CountCollectives(TorchDispatchMode):
 def _build(arguments: dict[str, Any]) -> tuple[Any, ...]:
     from megad2v.engine import distributed
 
-    world = distributed.start()
+    world = distributed.start(tensor_parallel=arguments.get("tensor", 1))
     torch.set_num_threads(1)
     from megad2v.teacher.ema import ShardedTeacher
     from megad2v.training.setup import build_engine
@@ -37,19 +45,36 @@ def _build(arguments: dict[str, Any]) -> tuple[Any, ...]:
     config = tiny_config(
         micro_batches=arguments["micro_batches"], steps=arguments["schedule_steps"], scope=arguments["scope"]
     )
+    parallel = ParallelConfig(tensor=arguments.get("tensor", 1), sequence=arguments.get("sequence", False))
+    config = replace(config, parallel=parallel)
     ds = deepspeed_config(config, arguments["layout"], world.data.size, arguments.get("persistence"))
     engine = build_engine(config, ds, world)
+    TENSOR[:] = [world.tensor]
     return world, config, engine, ShardedTeacher(engine)
 
 
 def gathered(engine: Any, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Full weights by DeepSpeed's own gathering, not by our fragments. Collective."""
+    """Full weights by DeepSpeed's own gathering, not by our fragments; tensor-parallel slices are laid end to end, copies
+    must be equal to the bit. Collective."""
     if engine.state.stage < 3:
-        return {name: p.detach().clone() for name, p in module.named_parameters()}
+        return {name: whole(p, p.detach()) for name, p in module.named_parameters()}
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        return {name: p.detach().clone() for name, p in module.named_parameters()}
+        return {name: whole(p, p.detach()) for name, p in module.named_parameters()}
+
+
+def whole(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """`value` (of `parameter`, or its gradient) over all tensor-parallel ranks. Collective."""
+    axis = TENSOR[0]
+    if axis.size == 1:
+        return value.clone()
+    parts = [torch.empty_like(value) for _ in range(axis.size)]
+    torch.distributed.all_gather(parts, value.contiguous(), group=axis.group)
+    if getattr(parameter, "tensor_model_parallel", False):
+        return torch.cat(parts)
+    assert all(torch.equal(parts[0], part) for part in parts[1:]), "replicated parameters have drifted apart"
+    return parts[0]
 
 
 def _run_step(world: Any, config: Any, engine: Any, teacher: Any, step: int, statistics: Any = None) -> list[int]:
@@ -87,15 +112,15 @@ def curve(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     from megad2v.metrics.statistics import StepStatistics
 
     gradients: dict[str, torch.Tensor] = {}
-    step_engine = engine.step
+    take = engine.deepspeed._take_model_step
 
-    def step_and_look(lr: float) -> bool:
-        # With an offloaded optimizer the reduction happens inside step(): there is nothing whole to look at before.
-        if not gradients and engine._managed:
-            gradients.update({n: safe_get_full_grad(p).clone() for n, p in engine.student.named_parameters()})
-        return step_engine(lr)
+    def look_and_take(*arguments: Any, **words: Any) -> None:
+        # With an offloaded optimizer the reduction happens inside step(), before this.
+        if not gradients:
+            gradients.update({n: whole(p, safe_get_full_grad(p)) for n, p in engine.student.named_parameters()})
+        take(*arguments, **words)
 
-    engine.step = step_and_look
+    engine.deepspeed._take_model_step = look_and_take
     losses, norms, counts = [], [], []
     for step in range(arguments["steps"]):
         statistics = StepStatistics(config.model.width, world.device)

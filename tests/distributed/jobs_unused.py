@@ -71,6 +71,7 @@ def _train(layout: str, world: Any, steps: int, output: Path) -> dict[str, list[
         decay_all=True,
         seed=config.train.seed,
         device=world.device,
+        topology=world.topology,
     )
     teacher = ShardedTeacher(engine)
     seen: dict[str, list[float]] = {"losses": [], "norms": [], "head_gradients": []}

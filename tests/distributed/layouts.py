@@ -36,7 +36,7 @@ GRID = PIXELS // PATCH
 def tiny_config(*, micro_batches: int = 4, decay: float = 0.9, steps: int = 20, scope: str = "encoder") -> Config:
     """Two narrow blocks; layer scale 0.5 and Adam's eps 1e-6, so that gradients are not lost in rounding."""
     return Config(
-        model=ModelConfig(width=24, depth=2, heads=3, layer_scale=0.5, head_layers=1),
+        model=ModelConfig(width=24, depth=2, heads=4, layer_scale=0.5, head_layers=1),
         vision=VisionConfig(image_size=PIXELS, patch_size=PATCH),
         targets=TargetsConfig(layers=2),
         teacher=TeacherConfig(decay_start=decay, decay_end=0.99, decay_steps=steps, scope=scope),

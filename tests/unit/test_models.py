@@ -203,16 +203,13 @@ def test_row_slice_is_contiguous(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("bias", ["full", "no_key", "none"])
 def test_qkv_slice_is_contiguous(ranks: int, bias: str) -> None:
-    full = wide(QKVLinear, WIDTH, 6, bias=bias)
+    full = wide(QKVLinear, WIDTH, 6, WIDTH // 6, bias=bias)
     expected = full(tokens())
     assert expected[0].shape == (2, 6, TOKENS, 2)
     parts = []
     for rank in range(ranks):
         # A rank's layer has fewer heads of the same size: width 12 in, 12 / ranks out of each of q, k and v.
-        part = QKVLinear(WIDTH, 6, bias=bias, weight=zeros)
-        part.heads = 6 // ranks
-        for name, parameter in dict(part.named_parameters()).items():
-            setattr(part, name, nn.Parameter(parameter[: len(parameter) // ranks]))
+        part = QKVLinear(WIDTH, 6 // ranks, WIDTH // 6, bias=bias, weight=zeros)
         fill(part, **{name: piece(p, rank, ranks) for name, p in full.named_parameters()})
         parts.append(part(tokens()))
     for ours, theirs in zip(zip(*parts, strict=True), expected, strict=True):
