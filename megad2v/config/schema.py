@@ -135,6 +135,9 @@ class TeacherConfig:
     """Decay from decay_steps on."""
     decay_steps: int | None = None
     """Updates over which the decay rises linearly; null: train.steps."""
+    resident: bool = False
+    """ZeRO-3 only: keep the teacher's forward weights whole on every rank. They are then gathered once per step, not by
+    every micro-batch; worth the memory where a rank computes several micro-batches per step."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,8 @@ class TrainConfig:
     """Seed of initialisation, order, masks, augmentation and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that have it, else fp32. fp16 is refused."""
+    compile: bool = False
+    """torch.compile every block into one graph. Needs a C++ compiler; the first steps take minutes."""
     save_every: int = 500
     """Updates between checkpoints; one is always written at the end. 0: only then."""
     keep_last: int = 3

@@ -13,8 +13,9 @@ from megad2v.errors import UserError
 def validate(config: Config) -> None:
     """Raise UserError for the first contradiction inside the configuration."""
     # Finiteness first: NaN breaks most of the rules below too, and their words would not say so.
-    for problem in (*_finite(config), *_model(config), *_objective(config), *_optimisation(config), *_run(config)):
-        raise UserError(problem)
+    for rules in (_finite, _model, _objective, _optimisation, _run):
+        for problem in rules(config):
+            raise UserError(problem)
 
 
 def _finite(section: Any, prefix: str = "") -> list[str]:
@@ -114,8 +115,9 @@ def _parallel(config: Config) -> list[str]:
     tensor, model, problems = config.parallel.tensor, config.model, []
     if tensor < 1:
         return [f"parallel.tensor: expected at least 1, got {tensor}"]
-    for key, total in (("model.heads", model.heads), ("model.mlp_ratio x width", int(model.width * model.mlp_ratio))):
-        if total % tensor:
+    hidden = model.width * model.mlp_ratio
+    for key, total in (("model.heads", model.heads), ("model.mlp_ratio x width", hidden)):
+        if tensor > 1 and int(total) % tensor:
             problems.append(f"parallel.tensor: {tensor} ranks cannot share {key} = {total} equally; use a divisor")
     if config.parallel.sequence and tensor == 1:
         problems.append("parallel.sequence: splits over tensor-parallel ranks; set parallel.tensor above 1 or leave it")

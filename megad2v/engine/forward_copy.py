@@ -2,6 +2,8 @@
 
 ZeRO 1, 2   the weights are views of flat buffers laid out as the student's; refresh = one all-gather per buffer
 ZeRO 3      the weights are partitioned as the student's; refresh = a local cast, nothing is sent
+  resident  the weights are whole on every rank, so the teacher's forward gathers nothing; refresh = one all-gather of
+            the teacher's size per step, in buckets
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megad2v.engine.fragments import (
@@ -79,10 +82,61 @@ class PartitionedCopy:
         drop_gathered(self.parameters.values())
 
 
+class ResidentCopy:
+    """ZeRO 3 with `teacher.resident`: worth its memory where a step has many micro-batches, each of which would gather
+    the teacher's weights."""
+
+    def __init__(self, teacher: nn.Module, state: PartitionedWeights) -> None:
+        self.parameters = dict(teacher.named_parameters())
+        self.fragments = [f for f in state.fragments if f.name in self.parameters]
+        self.averages = [torch.zeros_like(f.master) for f in self.fragments]
+        self._own = {f.name: average for f, average in zip(self.fragments, self.averages, strict=True)}
+        # Every rank's slice of a parameter has the same length, padding included.
+        self._slots = {name: state.parameters[name].ds_tensor.ds_numel for name in self.parameters}
+        self._group = next(iter(state.parameters.values())).ds_process_group
+        self._buckets = _buckets(self._slots)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Gather the averages in the weights' dtype. Per bucket one all-gather; the memory of one bucket on top."""
+        ranks = dist.get_world_size(self._group)
+        like = next(iter(self.parameters.values()))
+        for names in self._buckets:
+            slots = [self._slots[name] for name in names]
+            own = like.new_zeros(sum(slots))  # padding is sent too: keep it finite
+            for name, slot in zip(names, own.split(slots), strict=True):
+                if name in self._own:  # a tail rank may own nothing of a small parameter
+                    slot[: self._own[name].numel()].copy_(self._own[name])
+            flat = own.new_empty(ranks * own.numel())
+            gather_flat(flat, own, self._group)
+            for name, parts in zip(names, flat.view(ranks, -1).split(slots, dim=1), strict=True):
+                parameter = self.parameters[name]
+                parameter.copy_(parts.flatten()[: parameter.numel()].view(parameter.shape))
+
+
+BUCKET = 1 << 24
+"""Elements of this rank's slices that `ResidentCopy` gathers at a time."""
+
+
+def _buckets(slots: dict[str, int]) -> list[list[str]]:
+    """Names in order, cut where a bucket would exceed BUCKET; a larger parameter is a bucket of its own."""
+    buckets: list[list[str]] = []
+    filled = BUCKET
+    for name, size in slots.items():
+        if filled + size > BUCKET:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(name)
+        filled += size
+    return buckets
+
+
 def forward_copy(teacher: nn.Module, state: ZeroState) -> ForwardCopy:
-    """The copy that fits the stage. At stages 1 and 2 it takes over the memory of `teacher`'s parameters."""
+    """The copy that fits the stage, and whether `teacher` was built partitioned. At stages 1 and 2 it takes over the
+    memory of `teacher`'s parameters."""
     if isinstance(state, PartitionedWeights):
-        return PartitionedCopy(teacher, state)
+        partitioned = any(hasattr(parameter, "ds_tensor") for parameter in teacher.parameters())
+        return PartitionedCopy(teacher, state) if partitioned else ResidentCopy(teacher, state)
     if isinstance(state, ReplicatedWeights):
         return ReplicatedCopy(teacher, state)
     raise TypeError(f"no forward copy for {type(state).__name__}")

@@ -138,8 +138,8 @@ def zero_state(engine: Any) -> ZeroState:
 
 
 def local_range(parameter: nn.Parameter, slot: int | None = None) -> tuple[int, int]:
-    """(start, length) of this rank's slice of a ZeRO-3 parameter, within a tensor-parallel slice if it is one. Tail ranks
-    hold uninitialised padding beyond it."""
+    """(start, length) of this rank's slice of a ZeRO-3 parameter, within a tensor-parallel slice if it is one. Tail
+    ranks hold uninitialised padding beyond it."""
     slot = slot if slot is not None else parameter.ds_tensor.ds_numel
     start = dist.get_rank(parameter.ds_process_group) * slot
     return start, max(0, min(slot, parameter.ds_numel - start))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,12 +39,18 @@ def _mpu(topology: Topology) -> Topology | None:
 
 
 def _construct(
-    build: Callable[[], nn.Module], ds: dict[str, Any], dtype: torch.dtype, device: torch.device, topology: Topology
-) -> Any:
-    """Build a module: partitioned as it grows under ZeRO-3, whole on `device` otherwise. Values are not set yet."""
+    build: Callable[[], nn.Module],
+    ds: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    topology: Topology,
+    partitioned: bool,
+) -> nn.Module:
+    """Build a module: partitioned as it grows, or whole on `device`. Values are not set yet."""
     import deepspeed
 
-    if ds["zero_optimization"]["stage"] < 3:
+    if not partitioned:
         return build().to(device=device, dtype=dtype)
     # The dtype must come from the configuration: `Init(dtype=torch.float32)` gives bf16 on CPUs without fp16.
     # And without the group it would partition over all ranks, whatever the mpu says: silently wrong weights.
@@ -54,6 +61,14 @@ def _construct(
     # Whole blocks are fetched at once: a trace that changes between steps would never prefetch otherwise.
     deepspeed.utils.set_z3_leaf_modules(module, [Block])
     return module
+
+
+def compile_each_block(module: nn.Module) -> None:
+    """One graph per block. The forward is replaced, not the module: DeepSpeed gathers in hooks around a block, which is
+    a leaf module, and `block.compile()` would break the graph at each of them."""
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.forward = torch.compile(block.forward, fullgraph=True)
 
 
 @torch.no_grad()
@@ -99,14 +114,22 @@ class TrainingEngine:
         seed: int,
         device: torch.device,
         topology: Topology,
+        resident_teacher: bool = False,
+        compile_blocks: bool = False,
     ) -> None:
-        """`ds` is the filled DeepSpeed configuration, `optimizer` AdamW's keyword arguments. Collective."""
+        """`ds` is the filled DeepSpeed configuration, `optimizer` AdamW's keyword arguments. `resident_teacher` keeps
+        the teacher's forward weights whole under ZeRO-3 too. Collective."""
         import deepspeed
 
+        zero3 = ds["zero_optimization"]["stage"] == 3
         dtype = torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32
-        student = _construct(build_student, ds, dtype, device, topology)
+        construct = partial(_construct, ds=ds, dtype=dtype, device=device, topology=topology)
+        student = construct(build_student, partitioned=zero3)
         write_initial_weights(student, seed)
-        teacher = _construct(build_teacher, ds, dtype, device, topology)
+        teacher = construct(build_teacher, partitioned=zero3 and not resident_teacher)
+        if compile_blocks:
+            compile_each_block(student)
+            compile_each_block(teacher)
         averaged = {name for name, _ in teacher.named_parameters()}
         groups = optimizer_groups(student, averaged, weight_decay=optimizer["weight_decay"], decay_all=decay_all)
         adamw = torch.optim.AdamW(groups, fused=True, **optimizer)
@@ -118,7 +141,7 @@ class TrainingEngine:
         if any(f.master.dtype != torch.float32 for f in self.state.fragments):
             raise RuntimeError("the optimizer's master weights are not float32: the teacher would average rounded ones")
         self.teacher_module = teacher
-        self.teacher: nn.Module = self._teacher_engine(teacher, ds) if self.state.stage == 3 else teacher
+        self.teacher: nn.Module = self._teacher_engine(teacher, ds) if zero3 and not resident_teacher else teacher
         self.accumulation: int = ds["gradient_accumulation_steps"]
         self.data_parallel: int = self.deepspeed.dp_world_size
         self._managed: bool = ds.get("managed_gradient_accumulation", True)

@@ -10,6 +10,10 @@ dimension 1 of (B, T, D), whose length the group's size divides. Per call and ra
     reduce_scatter    reduce-scatter n             all-gather n
     split             nothing                      all-gather n
     join              all-gather n                 nothing
+
+
+torch's functional collectives carry them: they do not wait until their result is used, and torch.compile keeps them in
+its graph.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd import Function
 
@@ -26,25 +30,23 @@ from megad2v.parallel.topology import Axis
 SEQUENCE = 1
 """The dimension that sequence parallelism splits."""
 
+wait = functional.wait_tensor
+"""The result of one of the three below, arrived. Between the call and this, other work hides the message."""
 
-def all_reduce(x: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
-    """The sum over the axis in a contiguous tensor (`x` itself if it is one), and the work to wait for."""
-    x = x.contiguous()
-    return x, dist.all_reduce(x, group=axis.group, async_op=async_op)
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over the axis."""
+    return functional.all_reduce(x.contiguous(), "sum", axis.group)
 
 
 def all_gather(x_btd: Tensor, axis: Axis) -> Tensor:
     """(B, T / size, D) -> (B, T, D), chunks in rank order."""
-    gathered = x_btd.new_empty(axis.size * x_btd.shape[0], *x_btd.shape[1:])  # the form that gloo and NCCL both take
-    dist.all_gather_into_tensor(gathered, x_btd.contiguous(), group=axis.group)
-    return gathered.unflatten(0, (axis.size, -1)).movedim(0, SEQUENCE).flatten(SEQUENCE, SEQUENCE + 1)
+    return functional.all_gather_tensor(x_btd.contiguous(), SEQUENCE, axis.group)
 
 
-def reduce_scatter(x_btd: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
-    """(B, T, D), summed over the axis -> this rank's (B, T / size, D), and the work to wait for."""
-    chunks = x_btd.unflatten(SEQUENCE, (axis.size, -1)).movedim(SEQUENCE, 0).flatten(0, 1).contiguous()
-    own = x_btd.new_empty(x_btd.shape[0], *chunks.shape[1:])
-    return own, dist.reduce_scatter_tensor(own, chunks, group=axis.group, async_op=async_op)
+def reduce_scatter(x_btd: Tensor, axis: Axis) -> Tensor:
+    """(B, T, D), summed over the axis -> this rank's (B, T / size, D)."""
+    return functional.reduce_scatter_tensor(x_btd.contiguous(), "sum", SEQUENCE, axis.group)
 
 
 def own_chunk(x_btd: Tensor, axis: Axis) -> Tensor:
@@ -61,9 +63,9 @@ class _Copy(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         if len(gradients) == 1:
-            return None, all_reduce(gradients[0].clone(), ctx.axis)[0]
+            return None, wait(all_reduce(gradients[0], ctx.axis))
         # One message for all.
-        total, _ = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), ctx.axis)
+        total = wait(all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), ctx.axis))
         parts = total.split([shape.numel() for shape in ctx.shapes])
         return None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
@@ -71,7 +73,7 @@ class _Copy(Function):
 class _Reduce(Function):
     @staticmethod
     def forward(ctx: Any, axis: Axis, x: Tensor) -> Tensor:
-        return all_reduce(x.clone(), axis)[0]
+        return wait(all_reduce(x, axis))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -82,22 +84,22 @@ class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, axis: Axis, x_btd: Tensor) -> Tensor:
         ctx.axis = axis
-        return all_gather(x_btd, axis)
+        return wait(all_gather(x_btd, axis))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        return None, reduce_scatter(gradient, ctx.axis)[0]
+        return None, wait(reduce_scatter(gradient, ctx.axis))
 
 
 class _ReduceScatter(Function):
     @staticmethod
     def forward(ctx: Any, axis: Axis, x_btd: Tensor) -> Tensor:
         ctx.axis = axis
-        return reduce_scatter(x_btd, axis)[0]
+        return wait(reduce_scatter(x_btd, axis))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        return None, all_gather(gradient, ctx.axis)
+        return None, wait(all_gather(gradient, ctx.axis))
 
 
 class _Split(Function):
@@ -108,14 +110,14 @@ class _Split(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        return None, all_gather(gradient, ctx.axis)
+        return None, wait(all_gather(gradient, ctx.axis))
 
 
 class _Join(Function):
     @staticmethod
     def forward(ctx: Any, axis: Axis, x_btd: Tensor) -> Tensor:
         ctx.axis = axis
-        return all_gather(x_btd, axis)
+        return wait(all_gather(x_btd, axis))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:

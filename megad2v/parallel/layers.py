@@ -45,19 +45,19 @@ class _ColumnProduct(Function):
     def forward(ctx: Any, axis: Axis, sequence: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.axis, ctx.sequence, ctx.with_bias = axis, sequence, bias is not None
         ctx.save_for_backward(x, weight)
-        return F.linear(collectives.all_gather(x, axis) if sequence else x, weight, bias)
+        return F.linear(collectives.wait(collectives.all_gather(x, axis)) if sequence else x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        whole = collectives.all_gather(x, ctx.axis) if ctx.sequence else x
+        arriving = collectives.all_gather(x, ctx.axis) if ctx.sequence else None
         send = collectives.reduce_scatter if ctx.sequence else collectives.all_reduce
-        x_gradient, work = send(gradient @ weight, ctx.axis, async_op=True)
+        x_gradient = send(gradient @ weight, ctx.axis)
+        whole = x if arriving is None else collectives.wait(arriving)
         flat = gradient.flatten(0, -2)
         weight_gradient = flat.t() @ whole.flatten(0, -2)
         bias_gradient = flat.sum(0) if ctx.with_bias else None
-        work.wait()
-        return None, None, x_gradient, weight_gradient, bias_gradient
+        return None, None, collectives.wait(x_gradient), weight_gradient, bias_gradient
 
 
 class ColumnParallelLinear(ColumnLinear):

@@ -109,6 +109,8 @@ def build_engine(config: Config, filled: dict[str, Any], world: World) -> Traini
         seed=config.train.seed,
         device=world.device,
         topology=world.topology,
+        resident_teacher=config.teacher.resident,
+        compile_blocks=config.train.compile,
     )
 
 

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megad2v.config.schema import ParallelConfig
 from megad2v.parallel.topology import Axis
 
-
 TENSOR = [Axis(0, 1)]
 """The tensor-parallel axis of this process's engine, for `whole`."""
 
@@ -46,7 +45,12 @@ def _build(arguments: dict[str, Any]) -> tuple[Any, ...]:
         micro_batches=arguments["micro_batches"], steps=arguments["schedule_steps"], scope=arguments["scope"]
     )
     parallel = ParallelConfig(tensor=arguments.get("tensor", 1), sequence=arguments.get("sequence", False))
-    config = replace(config, parallel=parallel)
+    config = replace(
+        config,
+        parallel=parallel,
+        teacher=replace(config.teacher, resident=arguments.get("resident", False)),
+        train=replace(config.train, compile=arguments.get("compile", False)),
+    )
     ds = deepspeed_config(config, arguments["layout"], world.data.size, arguments.get("persistence"))
     engine = build_engine(config, ds, world)
     TENSOR[:] = [world.tensor]
@@ -54,8 +58,8 @@ def _build(arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def gathered(engine: Any, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Full weights by DeepSpeed's own gathering, not by our fragments; tensor-parallel slices are laid end to end, copies
-    must be equal to the bit. Collective."""
+    """Full weights by DeepSpeed's own gathering, not by our fragments; tensor-parallel slices are laid end to end,
+    copies must be equal to the bit. Collective."""
     if engine.state.stage < 3:
         return {name: whole(p, p.detach()) for name, p in module.named_parameters()}
     import deepspeed

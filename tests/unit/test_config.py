@@ -285,7 +285,7 @@ RULES: list[tuple[Config, str]] = [
     (broken(train={"precision": "fp16"}), "train.precision: fp16 is not supported"),
     (broken(parallel={"tensor": 0}), "parallel.tensor: expected at least 1, got 0"),
     (broken(parallel={"tensor": 2}), "parallel.tensor: 2 ranks cannot share model.heads = 3 equally"),
-    (broken(parallel={"tensor": 3}, model={"mlp_ratio": 0.48}), "parallel.tensor: 3 ranks cannot share model.mlp_ratio"),
+    (broken(parallel={"tensor": 3}, model={"mlp_ratio": 0.48}), "parallel.tensor: 3 ranks cannot share model.mlp"),
     (broken(parallel={"sequence": True}), "parallel.sequence: splits over tensor-parallel ranks"),
     (broken(train={"steps": 0}), "train.steps: expected at least 1, got 0"),
     (broken(train={"micro_batches_per_step": 0}), "train.micro_batches_per_step: expected at least 1, got 0"),
