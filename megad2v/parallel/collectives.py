@@ -20,18 +20,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd import Function
 
 from megad2v.parallel.topology import Axis
 
+# torch 2.13 has renamed these two.
+_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_reduce_scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+
 SEQUENCE = 1
 """The dimension that sequence parallelism splits."""
 
-wait = functional.wait_tensor
-"""The result of one of the three below, arrived. Between the call and this, other work hides the message."""
+
+def wait(x: Tensor) -> Tensor:
+    """The result of one of the three below, arrived. Between the call and this, other work hides the message. In a
+    compiled graph the compiler places the wait."""
+    return x.wait() if isinstance(x, functional.AsyncCollectiveTensor) else x
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -41,12 +47,12 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def all_gather(x_btd: Tensor, axis: Axis) -> Tensor:
     """(B, T / size, D) -> (B, T, D), chunks in rank order."""
-    return functional.all_gather_tensor(x_btd.contiguous(), SEQUENCE, axis.group)
+    return _all_gather(x_btd.contiguous(), SEQUENCE, axis.group)
 
 
 def reduce_scatter(x_btd: Tensor, axis: Axis) -> Tensor:
     """(B, T, D), summed over the axis -> this rank's (B, T / size, D)."""
-    return functional.reduce_scatter_tensor(x_btd.contiguous(), "sum", SEQUENCE, axis.group)
+    return _reduce_scatter(x_btd.contiguous(), "sum", SEQUENCE, axis.group)
 
 
 def own_chunk(x_btd: Tensor, axis: Axis) -> Tensor:
@@ -56,18 +62,13 @@ def own_chunk(x_btd: Tensor, axis: Axis) -> Tensor:
 
 class _Copy(Function):
     @staticmethod
-    def forward(ctx: Any, axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.axis, ctx.shapes = axis, [tensor.shape for tensor in tensors]
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+    def forward(ctx: Any, axis: Axis, x: Tensor) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        if len(gradients) == 1:
-            return None, wait(all_reduce(gradients[0], ctx.axis))
-        # One message for all.
-        total = wait(all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), ctx.axis))
-        parts = total.split([shape.numel() for shape in ctx.shapes])
-        return None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return None, wait(all_reduce(gradient, ctx.axis))
 
 
 class _Reduce(Function):
@@ -124,9 +125,9 @@ class _Join(Function):
         return None, own_chunk(gradient, ctx.axis)
 
 
-def copy(axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Replicated tensors (activations, or parameters) that each rank uses in a computation of its own."""
-    return _Copy.apply(axis, *tensors)
+def copy(axis: Axis, x: Tensor) -> Tensor:
+    """A replicated tensor (activation or parameter) that each rank uses in a computation of its own."""
+    return _Copy.apply(axis, x)
 
 
 def reduce(axis: Axis, x: Tensor) -> Tensor:

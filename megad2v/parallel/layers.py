@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from megad2v.models.initialise import Initialiser
-from megad2v.models.layers import ColumnLinear, Embedding, LayerNorm, LayerScale, QKVLinear, RowLinear, VanillaLayers
+from megad2v.models.layers import (
+    ColumnLinear,
+    Embedding,
+    LayerNorm,
+    LayerScale,
+    QKVLinear,
+    RowLinear,
+    Share,
+    VanillaLayers,
+)
 from megad2v.parallel import collectives
 from megad2v.parallel.rng import split_draws
 from megad2v.parallel.sharding import mark_split
@@ -124,7 +133,7 @@ class RowParallelLinear(RowLinear):
         if self.sequence:
             y_btd = collectives.reduce_scatter_sequence(self.axis, partial_btd)
             if bias is not None:
-                (bias,) = collectives.copy(self.axis, bias)
+                bias = collectives.copy(self.axis, bias)
         else:
             y_btd = collectives.reduce(self.axis, partial_btd)
         return y_btd if bias is None else y_btd + bias
@@ -204,8 +213,14 @@ class TensorParallelLayers:
         """The residual stream is split only under sequence parallelism."""
         return split_draws(self.axis) if self.sequence else nullcontext()
 
-    def _shared(self) -> tuple[Any, ...]:
-        return (partial(collectives.copy, self.axis),) if self.sequence else ()
+    def _shared(self) -> tuple[Share, ...]:
+        return (self._share,) if self.sequence else ()
+
+    def _share(self, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """Replicated vectors of one length; one message for all their gradients."""
+        if len(vectors) == 1:  # compiled, a stack of one lets backward write its result into the parameter (torch 2.13)
+            return (collectives.copy(self.axis, vectors[0]),)
+        return collectives.copy(self.axis, torch.stack(vectors)).unbind()
 
 
 def layers_for(axis: Axis, *, sequence: bool) -> VanillaLayers | TensorParallelLayers:
