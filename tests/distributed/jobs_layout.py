@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megad2v.config.schema import ParallelConfig
-from megad2v.parallel.topology import Axis
-
-TENSOR = [Axis(0, 1)]
-"""The tensor-parallel axis of this process's engine, for `whole`."""
+from megad2v.parallel.topology import Axis, Topology
+from tests.distributed.layouts import Layout
 
 
 class CountCollectives(TorchDispatchMode):
@@ -25,53 +22,62 @@ class CountCollectives(TorchDispatchMode):
         self.calls: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "c10d":
+        if func.namespace in ("c10d", "_c10d_functional"):
             tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
             # The output of a gather comes first and is its size on every rank.
             self.calls.append((func._schema.name, tensors[0].numel() * tensors[0].element_size()))
         return func(*args, **(kwargs or {}))
 
 
-def _build(arguments: dict[str, Any]) -> tuple[Any, ...]:
+@dataclass
+class Trainer:
+    """An engine on one layout and what belongs to it."""
+
+    world: Any
+    config: Any
+    engine: Any
+    teacher: Any
+
+
+def start() -> Any:
+    """The process group; engines of several layouts may follow one another in it, smaller tensor sizes first (DeepSpeed
+    remembers the last mpu)."""
     from megad2v.engine import distributed
 
-    world = distributed.start(tensor_parallel=arguments.get("tensor", 1))
+    world = distributed.start()
     torch.set_num_threads(1)
+    return world
+
+
+def build(world: Any, config: Any, layout: Layout) -> Trainer:
+    """`config` trained on `layout`. Collective."""
     from megad2v.teacher.ema import ShardedTeacher
     from megad2v.training.setup import build_engine
-    from tests.distributed.layouts import deepspeed_config, tiny_config
+    from tests.distributed.layouts import deepspeed_config
 
-    config = tiny_config(
-        micro_batches=arguments["micro_batches"], steps=arguments["schedule_steps"], scope=arguments["scope"]
-    )
-    parallel = ParallelConfig(tensor=arguments.get("tensor", 1), sequence=arguments.get("sequence", False))
-    config = replace(
-        config,
-        parallel=parallel,
-        teacher=replace(config.teacher, resident=arguments.get("resident", False)),
-        train=replace(config.train, compile=arguments.get("compile", False)),
-    )
-    ds = deepspeed_config(config, arguments["layout"], world.data.size, arguments.get("persistence"))
-    engine = build_engine(config, ds, world)
-    TENSOR[:] = [world.tensor]
-    return world, config, engine, ShardedTeacher(engine)
+    print(f"--- {layout}", flush=True)
+    torch.compiler.reset()
+    if layout.tensor > 1:
+        world = replace(world, topology=Topology(layout.tensor, "cpu"))
+    config = layout.apply(config)
+    engine = build_engine(config, deepspeed_config(config, layout.zero, world.data.size, layout.persistence), world)
+    return Trainer(world, config, engine, ShardedTeacher(engine))
 
 
-def gathered(engine: Any, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Full weights by DeepSpeed's own gathering, not by our fragments; tensor-parallel slices are laid end to end,
-    copies must be equal to the bit. Collective."""
-    if engine.state.stage < 3:
-        return {name: whole(p, p.detach()) for name, p in module.named_parameters()}
+def gathered(engine: Any, module: torch.nn.Module, axis: Axis | None = None) -> dict[str, torch.Tensor]:
+    """Full weights by DeepSpeed's own gathering, not by our fragments; the slices of tensor-parallel axis `axis` are
+    laid end to end, copies must be equal to the bit. Collective."""
+    if engine.state.stage < 3 or not any(hasattr(p, "ds_tensor") for p in module.parameters()):
+        return {name: whole(p, p.detach(), axis) for name, p in module.named_parameters()}
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        return {name: whole(p, p.detach()) for name, p in module.named_parameters()}
+        return {name: whole(p, p.detach(), axis) for name, p in module.named_parameters()}
 
 
-def whole(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+def whole(parameter: torch.nn.Parameter, value: torch.Tensor, axis: Axis | None) -> torch.Tensor:
     """`value` (of `parameter`, or its gradient) over all tensor-parallel ranks. Collective."""
-    axis = TENSOR[0]
-    if axis.size == 1:
+    if axis is None or axis.size == 1:
         return value.clone()
     parts = [torch.empty_like(value) for _ in range(axis.size)]
     torch.distributed.all_gather(parts, value.contiguous(), group=axis.group)
@@ -107,59 +113,93 @@ def _run_step(world: Any, config: Any, engine: Any, teacher: Any, step: int, sta
     return [batch.masked_count() for batch in batches]
 
 
-def curve(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Step-1 gradients by DeepSpeed's own accessor, 20 losses and norms, final weights of student and teacher."""
-    world, config, engine, teacher = _build(arguments)
+def curves(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Train on each of `layouts`, one after the other. By name: losses and norms of all steps, this rank's masked
+    counts; step-1 gradients and final weights go to NAME.{gradients,student,teacher}.safetensors, a checkpoint to NAME/."""
+    world = start()
+    layouts = sorted((Layout(**fields) for fields in arguments["layouts"]), key=lambda layout: layout.tensor)
+    return {str(layout): _curve(world, layout, arguments["steps"], output) for layout in layouts}
+
+
+def _curve(world: Any, layout: Layout, steps: int, output: Path) -> dict[str, Any]:
+    """The gradients come from DeepSpeed's own accessor, the weights from its own gathering."""
     from deepspeed.utils import safe_get_full_grad
 
     from megad2v.engine.distributed import sum_over
     from megad2v.metrics.statistics import StepStatistics
+    from tests.distributed.layouts import tiny_config
 
+    trainer = build(world, tiny_config(steps=steps), layout)
+    world, config, engine, axis = trainer.world, trainer.config, trainer.engine, trainer.world.tensor
     gradients: dict[str, torch.Tensor] = {}
     take = engine.deepspeed._take_model_step
 
-    def look_and_take(*arguments: Any, **words: Any) -> None:
+    def look_and_take(*words: Any, **more: Any) -> None:
         # With an offloaded optimizer the reduction happens inside step(), before this.
         if not gradients:
-            gradients.update({n: whole(p, safe_get_full_grad(p)) for n, p in engine.student.named_parameters()})
-        take(*arguments, **words)
+            gradients.update({n: whole(p, safe_get_full_grad(p), axis) for n, p in engine.student.named_parameters()})
+        take(*words, **more)
 
     engine.deepspeed._take_model_step = look_and_take
     losses, norms, counts = [], [], []
-    for step in range(arguments["steps"]):
+    for step in range(steps):
         statistics = StepStatistics(config.model.width, world.device)
-        counts.append(_run_step(world, config, engine, teacher, step, statistics))
+        counts.append(_run_step(world, config, engine, trainer.teacher, step, statistics))
         sum_over(world.data, statistics.sums)
         losses.append(statistics.read()["loss"])
         norms.append(engine.gradient_norm())
-    student, average = gathered(engine, engine.student), gathered(engine, engine.teacher_module)
+    student, average = gathered(engine, engine.student, axis), gathered(engine, engine.teacher_module, axis)
     if world.is_main:
-        save_file({n: g.contiguous() for n, g in gradients.items()}, output / "gradients.safetensors")
-        save_file(student, output / "student.safetensors")
-        save_file(average, output / "teacher.safetensors")
+        for kind, tensors in (("gradients", gradients), ("student", student), ("teacher", average)):
+            save_file({n: v.contiguous() for n, v in tensors.items()}, output / f"{layout}.{kind}.safetensors")
+    _save(trainer, output / str(layout))
     return {"losses": losses, "norms": norms, "counts": counts}
 
 
-def oracle(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
+def _save(trainer: Trainer, directory: Path) -> None:
+    """A checkpoint, by the trainer's own function. Collective."""
+    from megad2v.training.state import Progress, save
+
+    save(
+        directory,
+        trainer.engine,
+        trainer.teacher,
+        Progress(step=1),
+        trainer.config,
+        world=trainer.world,
+        data_fingerprint="none",
+    )
+
+
+def oracles(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
+    """By layout, what `_oracle` returns."""
+    world = start()
+    layouts = sorted((Layout(**fields) for fields in arguments["layouts"]), key=lambda layout: layout.tensor)
+    return {str(layout): _oracle(world, layout, arguments["steps"]) for layout in layouts}
+
+
+def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
     """Train for many steps; average, in float64 and on the full model, the students that DeepSpeed gathers.
 
     Returns the largest relative error of the teacher's shards and of the weights that its forward sees, the error of
     the targets it computes in the NEXT forward (a stale weight shows there), and what update and refresh sent.
     """
-    world, config, engine, teacher = _build(arguments)
     from megad2v.modalities.build import build_teacher
     from megad2v.training.loop import _rates
-    from tests.distributed.layouts import micro_batch
+    from tests.distributed.layouts import micro_batch, tiny_config
 
-    full = {n: p.double() for n, p in gathered(engine, engine.student).items()}
+    trainer = build(world, tiny_config(micro_batches=layout.data, steps=steps, scope=layout.scope), layout)
+    world, config, engine, teacher = trainer.world, trainer.config, trainer.engine, trainer.teacher
+    axis = world.tensor
+    full = {n: p.double() for n, p in gathered(engine, engine.student, axis).items()}
     names = [name for name, _ in engine.teacher_module.named_parameters()]
     average = {name: full[name].clone() for name in names}
     plain = build_teacher(config)
     target_error = 0.0
-    for step in range(arguments["steps"]):
+    for step in range(steps):
         _run_step(world, config, engine, teacher, step)
         _, decay = _rates(config, step)
-        now = gathered(engine, engine.student)
+        now = gathered(engine, engine.student, axis)
         for name in names:
             average[name].mul_(decay).add_(now[name].double(), alpha=1 - decay)
         if step % 100 == 99 or step < 3:
@@ -169,17 +209,17 @@ def oracle(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
             pixels = probe.inputs[:2]
             seen, expected = engine.teacher(pixels, view, None), plain(pixels, view, None)
             target_error = max(target_error, float((seen - expected).norm() / expected.norm()))
-    shard_error = 0.0
+    shard_error, covered = 0.0, 0
     for fragment, shard in zip(teacher.fragments, teacher.averages, strict=True):
         truth = average[fragment.name].flatten()[fragment.start : fragment.start + fragment.length]
         shard_error = max(shard_error, float((shard.double() - truth).norm() / truth.norm().clamp_min(1e-12)))
-    forward = gathered(engine, engine.teacher_module)
+        covered += fragment.length * (fragment.split or axis.rank == 0)
+    forward = gathered(engine, engine.teacher_module, axis)
     forward_error = max(float((forward[n].double() - average[n]).norm() / average[n].norm()) for n in names)
     with CountCollectives() as update:
         teacher.update(0.5)
     with CountCollectives() as refresh:
         teacher.refresh()
-    covered = sum(fragment.length for fragment in teacher.fragments)
     return {
         "shard_error": shard_error,
         "forward_error": forward_error,
@@ -188,4 +228,5 @@ def oracle(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
         "refresh": refresh.calls,
         "covered": covered,
         "teacher_numel": sum(average[n].numel() for n in names),
+        "own_numel": sum(getattr(p, "ds_numel", p.numel()) for p in engine.teacher_module.parameters()),
     }

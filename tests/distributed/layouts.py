@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megad2v.config.schema import (
     MicroBatchConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     TargetsConfig,
     TeacherConfig,
     TrainConfig,
@@ -31,6 +32,42 @@ from megad2v.teacher.schedule import decay_at
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES, PIXELS, PATCH = 3, 24, 8
 GRID = PIXELS // PATCH
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one training is spread over ranks; its name is what tests are called by."""
+
+    zero: str
+    """A file of ds_configs/, without .json."""
+    data: int = 1
+    tensor: int = 1
+    sequence: bool = False
+    resident: bool = False
+    compiled: bool = False
+    persistence: int | None = None
+    scope: str = "encoder"
+
+    @property
+    def ranks(self) -> int:
+        """Processes."""
+        return self.data * self.tensor
+
+    def __str__(self) -> str:
+        """Such as zero3_tp2_dp2_sequence."""
+        words = [self.zero, *([f"tp{self.tensor}"] if self.tensor > 1 else []), f"dp{self.data}"]
+        words += [word for word in ("sequence", "resident", "compiled") if getattr(self, word)]
+        words += [f"persist_{self.persistence}"] if self.persistence is not None else []
+        return "_".join([*words, *([f"scope_{self.scope}"] if self.scope != "encoder" else [])])
+
+    def apply(self, config: Config) -> Config:
+        """`config` on this layout."""
+        return replace(
+            config,
+            parallel=ParallelConfig(tensor=self.tensor, sequence=self.sequence),
+            teacher=replace(config.teacher, resident=self.resident, scope=self.scope),
+            train=replace(config.train, compile=self.compiled),
+        )
 
 
 def tiny_config(*, micro_batches: int = 4, decay: float = 0.9, steps: int = 20, scope: str = "encoder") -> Config:

@@ -1,7 +1,12 @@
-"""Every ZeRO stage on one and two processes computes what plain torch computes on one (invariants 1 and 2)."""
+"""Every layout computes what plain torch computes on one process in float64 (invariants 1, 2 and 3).
+
+A launch of DeepSpeed costs seconds, so the layouts with the same number of ranks share one (two: the quick ones, which
+`make test` runs, and the rest).
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +14,80 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megad2v.checkpoint.reader import Checkpoint
 from tests.distributed.harness import run_ranks
-from tests.distributed.layouts import plain_run, tiny_config
+from tests.distributed.layouts import Layout, plain_run, tiny_config
 from tests.tolerances import CURVE, FINAL_WEIGHTS, STEP_GRADIENT, STEP_GRADIENT_ABS, TEACHER
 
 STEPS = 20
-LAYOUTS = [("zero1", 1), ("zero1", 2), ("zero2", 1), ("zero2", 2), ("zero3", 1), ("zero3", 2), ("zero3_offload", 2)]
+ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
+GRIDS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)]
+"""(data, tensor)."""
+
+CURVES = [
+    *[Layout(zero, data, tensor) for zero in ZERO for data, tensor in GRIDS],
+    *[Layout(zero, data, tensor, sequence=True) for zero in ZERO for data, tensor in GRIDS if tensor > 1],
+    *[Layout("zero3_offload_param", data, tensor) for data, tensor in ((1, 1), (2, 1), (1, 2), (2, 2))],
+    *[Layout("zero3", data, tensor, resident=True) for data, tensor in ((2, 1), (1, 2), (2, 2))],
+    *[Layout(zero, 2, compiled=True) for zero in ("zero1", "zero3")],
+    Layout("zero3", 1, 2, compiled=True),
+    Layout("zero3", 1, 2, sequence=True, compiled=True),
+]
+QUICK_CURVES = {
+    *("zero1_dp1", "zero2_dp1", "zero3_dp1"),
+    *("zero1_dp2", "zero2_dp2", "zero3_dp2", "zero3_offload_dp2", "zero3_offload_param_dp2", "zero3_dp2_resident"),
+    *("zero1_tp2_dp1", "zero3_tp2_dp1", "zero2_tp2_dp1_sequence", "zero3_tp2_dp1_sequence"),
+    *("zero3_dp4", "zero1_tp2_dp2", "zero3_tp2_dp2_sequence", "zero3_offload_tp2_dp2", "zero3_tp4_dp1_sequence"),
+}
+
+ORACLES = [
+    *[Layout(zero, data) for zero in ("zero1", "zero2") for data in (1, 2)],
+    *[Layout("zero3", data, persistence=threshold) for data in (1, 2) for threshold in (0, None, 1_000_000)],
+    *[Layout(zero, 2, scope="model") for zero in ("zero1", "zero3")],
+    *[Layout(zero, data, 2) for zero in ("zero1", "zero2", "zero3") for data in (1, 2)],
+    Layout("zero3", 2, 2, persistence=0),
+    *[Layout("zero3", 2, tensor, resident=True) for tensor in (1, 2)],
+]
+QUICK_ORACLES = {
+    *("zero1_dp2", "zero2_dp2", "zero3_dp2_persist_0", "zero3_dp2", "zero3_dp2_persist_1000000", "zero3_dp2_resident"),
+    *("zero1_tp2_dp2", "zero3_tp2_dp2"),
+}
+"""For fewer steps: a missed shard, a stale weight or a wrong index shows within a few."""
+
+
+class Launches:
+    """Runs a job for all layouts that share a number of ranks, once."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._done: dict[Any, Any] = {}
+
+    def __call__(
+        self, job: str, layout: Layout, together: list[Layout], *, steps: int, timeout: float
+    ) -> tuple[list[Any], Path]:
+        """What each rank returned for `layout`, and the folder it wrote to. `together`: layouts to run beside it."""
+        sharing = [other for other in together if other.ranks == layout.ranks]
+        key = (job, steps, tuple(map(str, sharing)))
+        if key not in self._done:
+            output = self._factory.mktemp(f"{job}_{layout.ranks}_ranks")
+            arguments = {"layouts": [asdict(other) for other in sharing], "steps": steps}
+            try:
+                outcome = run_ranks(
+                    f"tests.distributed.jobs_layout:{job}", layout.ranks, arguments, timeout=timeout, output=output
+                )
+            except AssertionError as error:
+                outcome = error
+            self._done[key] = (outcome, output)
+        outcome, output = self._done[key]
+        if isinstance(outcome, AssertionError):
+            raise AssertionError(f"the launch that {layout} shares failed: {outcome}")
+        return [result[str(layout)] for result in outcome], output
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """Shared by the tests of this file."""
+    return Launches(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -27,74 +100,75 @@ def _relative(ours: torch.Tensor, truth: torch.Tensor, floor: float) -> float:
     return float((ours.double() - truth).norm() / max(float(truth.norm()), floor))
 
 
-@pytest.mark.timeout(150)
-@pytest.mark.parametrize(("layout", "ranks"), LAYOUTS, ids=[f"{layout}_dp{ranks}" for layout, ranks in LAYOUTS])
-def test_same_step_as_plain_torch(layout: str, ranks: int, reference: dict[str, Any], tmp_path: Path) -> None:
-    arguments = {"layout": layout, "micro_batches": 4, "steps": STEPS, "schedule_steps": STEPS, "scope": "encoder"}
-    results = run_ranks("tests.distributed.jobs_layout:curve", ranks, arguments, timeout=120, output=tmp_path)
-    if ranks > 1:  # otherwise a local count of masked positions would pass for the global one
-        assert [sum(c) for c in results[0]["counts"]] != [sum(c) for c in results[1]["counts"]]
-    gradients = load_file(tmp_path / "gradients.safetensors")
-    assert set(gradients) == (set() if "offload" in layout else set(reference["gradients"]))
+def _cases(layouts: list[Layout], quick: set[str]) -> list[Any]:
+    assert quick <= set(map(str, layouts))
+    return [
+        pytest.param(layout, id=str(layout), marks=[] if str(layout) in quick else pytest.mark.slow)
+        for layout in layouts
+    ]
+
+
+def _beside(layout: Layout, layouts: list[Layout], quick: set[str]) -> list[Layout]:
+    return [other for other in layouts if (str(other) in quick) == (str(layout) in quick)]
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("layout", _cases(CURVES, QUICK_CURVES))
+def test_same_step_as_plain_torch(layout: Layout, reference: dict[str, Any], launches: Launches) -> None:
+    """Step-1 gradients, losses and norms of 20 steps (so clipping too), final weights; the checkpoint holds them."""
+    together = _beside(layout, CURVES, QUICK_CURVES)
+    results, output = launches("curves", layout, together, steps=STEPS, timeout=400)
+    if layout.data > 1:  # otherwise a local count of masked positions would pass for the global one
+        first, last = results[0], results[-1]
+        assert [sum(c) for c in first["counts"]] != [sum(c) for c in last["counts"]]
+    gradients = load_file(output / f"{layout}.gradients.safetensors")
+    assert set(gradients) == set(reference["gradients"])
     for name in gradients:
         truth = reference["gradients"][name]
         error = (gradients[name].double() - truth).norm()
         assert error < STEP_GRADIENT * truth.norm() + STEP_GRADIENT_ABS, f"{name}: {error:.1e} of {truth.norm():.1e}"
-    assert results[0]["losses"] == pytest.approx(reference["losses"], rel=CURVE)
-    assert results[0]["norms"] == pytest.approx(reference["norms"], rel=10 * CURVE)
+    for result in results:
+        assert result["losses"] == pytest.approx(reference["losses"], rel=CURVE)
+        assert result["norms"] == pytest.approx(reference["norms"], rel=10 * CURVE)
+    checkpoint = Checkpoint(output / str(layout))
     for kind in ("student", "teacher"):
-        weights = load_file(tmp_path / f"{kind}.safetensors")
+        weights = load_file(output / f"{layout}.{kind}.safetensors")
         assert set(weights) == set(reference[kind])
         for name, truth in reference[kind].items():
             assert _relative(weights[name], truth, 1e-3) < FINAL_WEIGHTS, f"{kind} {name}"
+            assert torch.equal(checkpoint.full(kind, name), weights[name]), f"{kind} {name} in the checkpoint"
 
 
-ORACLES = [
-    *[("zero1", ranks, None, "encoder") for ranks in (1, 2)],
-    *[("zero2", ranks, None, "encoder") for ranks in (1, 2)],
-    *[("zero3", ranks, threshold, "encoder") for ranks in (1, 2) for threshold in (0, None, 1_000_000)],
-    ("zero1", 2, None, "model"),
-    ("zero3", 2, None, "model"),
-]
-QUICK = {("zero1", 2, None), ("zero2", 2, None), ("zero3", 2, 0), ("zero3", 2, None), ("zero3", 2, 1_000_000)}
-"""Also run for fewer steps without --slow: a missed shard, a stale weight or a wrong index shows within a few."""
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("layout", _cases(ORACLES, QUICK_ORACLES))
+def test_teacher_equals_float64_oracle(layout: Layout, launches: Launches) -> None:
+    _check_teacher(layout, *launches("oracles", layout, _quick_oracles(layout), steps=60, timeout=400))
 
 
-def _cases() -> list[Any]:
-    cases = []
-    for case in ORACLES:
-        layout, ranks, threshold, scope = case
-        name = f"{layout}_dp{ranks}_persist_{threshold}_{scope}"
-        cases.append(pytest.param(*case, 1000, id=f"{name}_1000_steps", marks=pytest.mark.slow))
-        if case[:3] in QUICK and scope == "encoder":
-            cases.append(pytest.param(*case, 60, id=f"{name}_60_steps"))
-    return cases
+def _quick_oracles(layout: Layout) -> list[Layout]:
+    return _beside(layout, ORACLES, QUICK_ORACLES)
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize(("layout", "ranks", "persistence", "scope", "steps"), _cases())
-def test_teacher_equals_float64_oracle(
-    layout: str, ranks: int, persistence: int | None, scope: str, steps: int, tmp_path: Path
-) -> None:
-    arguments = {
-        "layout": layout,
-        "micro_batches": ranks,
-        "persistence": persistence,
-        "steps": steps,
-        "schedule_steps": steps,
-        "scope": scope,
-    }
-    results = run_ranks("tests.distributed.jobs_layout:oracle", ranks, arguments, timeout=360, output=tmp_path)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", ORACLES, ids=str)
+def test_teacher_equals_float64_oracle_1000_steps(layout: Layout, launches: Launches) -> None:
+    _check_teacher(layout, *launches("oracles", layout, [layout], steps=1000, timeout=800))
+
+
+def _check_teacher(layout: Layout, results: list[Any], output: Path) -> None:
     assert sum(result["covered"] for result in results) == results[0]["teacher_numel"]  # every element, once
     for result in results:
         assert result["shard_error"] < TEACHER
         assert result["forward_error"] < TEACHER
         assert result["target_error"] < 10 * TEACHER  # float32 forwards of equal weights; a stale weight gives 1e-3
         assert result["update"] == []
-        if layout == "zero3":
+        if layout.zero == "zero3" and not layout.resident:
             assert result["refresh"] == []
         else:
             ((name, size),) = result["refresh"]
             assert "allgather" in name
-            # The teacher's parameters, padded to a multiple of the ranks.
-            assert 4 * result["teacher_numel"] <= size < 4 * (result["teacher_numel"] + 64)
+            # This tensor-parallel rank's part of the teacher, padded: a flat buffer to a multiple of the ranks, under
+            # ZeRO-3 every parameter.
+            padding = 64 if not layout.resident else 64 * layout.data
+            assert 4 * result["own_numel"] <= size < 4 * (result["own_numel"] + padding)
