@@ -13,7 +13,14 @@ from megad2v.errors import UserError
 def validate(config: Config) -> None:
     """Raise UserError for the first contradiction inside the configuration."""
     # Finiteness first: NaN breaks most of the rules below too, and their words would not say so.
-    for problem in (*_finite(config), *_model(config), *_objective(config), *_optimisation(config), *_run(config)):
+    for problem in (
+        *_finite(config),
+        *_model(config),
+        *_objective(config),
+        *_optimisation(config),
+        *_verdict(config),
+        *_run(config),
+    ):
         raise UserError(problem)
 
 
@@ -107,6 +114,16 @@ def _optimisation(config: Config) -> list[str]:
             f"schedule.final_scale: tri_stage decays exponentially to it, so it must be above 0, "
             f"got {schedule.final_scale}"
         )
+    return problems
+
+
+def _verdict(config: Config) -> list[str]:
+    verdict, problems = config.verdict, []
+    for key in ("spike_z", "max_bad_steps", "min_target_std", "min_pred_std", "std_after"):
+        if getattr(verdict, key) < 0:
+            problems.append(f"verdict.{key}: expected at least 0, got {getattr(verdict, key)}")
+    if verdict.window < 16:
+        problems.append(f"verdict.window: fewer than 16 steps say little of what is usual, got {verdict.window}")
     return problems
 
 

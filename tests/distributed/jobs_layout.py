@@ -89,11 +89,11 @@ def curve(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     gradients: dict[str, torch.Tensor] = {}
     step_engine = engine.step
 
-    def step_and_look(lr: float) -> bool:
+    def step_and_look(*arguments: Any) -> bool:
         # With an offloaded optimizer the reduction happens inside step(): there is nothing whole to look at before.
         if not gradients and engine._managed:
             gradients.update({n: safe_get_full_grad(p).clone() for n, p in engine.student.named_parameters()})
-        return step_engine(lr)
+        return step_engine(*arguments)
 
     engine.step = step_and_look
     losses, norms, counts = [], [], []
