@@ -160,7 +160,7 @@ def _stop(run: Run, halt: Halt) -> NoReturn:
     step, since = run.progress.step, halt.since
     if halt.low is not None and run.logger is not None:  # the rank that will print it
         since = low_since(run.logger.path, *halt.low, step)
-    older = [step for step in steps_present(run.directory) if step < since]
+    older = [saved for saved in steps_present(run.directory) if saved < since]
     before = (
         f"the newest checkpoint from before that is {step_directory(run.directory, older[-1])} (--train.resume PATH)"
         if older
