@@ -160,7 +160,8 @@ def _stop(run: Run, halt: Halt) -> NoReturn:
     step, since = run.progress.step, halt.since
     if halt.low is not None and run.logger is not None:  # the rank that will print it
         since = low_since(run.logger.path, *halt.low, step)
-    older = [saved for saved in steps_present(run.directory) if saved < since]
+    # What step number s was computed with is the state after s - 1: that one is no way back.
+    older = [saved for saved in steps_present(run.directory) if saved < since - 1]
     before = (
         f"the newest checkpoint from before that is {step_directory(run.directory, older[-1])} (--train.resume PATH)"
         if older

@@ -42,7 +42,7 @@ class Halt:
 
     what: str
     since: int
-    """The step at which it began, as far as is known here: older checkpoints lie before it."""
+    """The step at which it began, as far as is known here."""
     advice: str
     low: tuple[str, float] | None = None
     """(metric, floor) where a logged metric fell under a floor: earlier lines tell since when."""
@@ -115,7 +115,8 @@ class Verdict:
             f"{self.latest.reason}; bad_steps.jsonl has their samples",
             since=since,
             advice="Lower optimizer.lr or lengthen schedule.warmup_steps"
-            + (", or, where such a jump is expected, raise verdict.spike_z" if self.latest.is_spike else ""),
+            + (" or, where such a jump is expected, raise verdict.spike_z" if self.latest.is_spike else "")
+            + "; then repeat the command (train.resume auto goes on behind these samples), or go back further",
         )
 
     def watches_std(self, updates: int) -> bool:
