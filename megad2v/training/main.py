@@ -124,6 +124,8 @@ def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> N
     config = replace(config, train=one, teacher=teacher, schedule=schedule)
     try:
         run = pretrain(config, ds, world, recipe=recipe)
+        if run.progress.skipped:
+            raise BadNumericState("--check: the one step was not taken, see above: neither will be those of the run")
         peak, what = peak_memory(world.device)  # before the copies that only this check makes
         together(lambda: _reload(run), errors=(UserError,), raises=UserError)
         if world.is_main:
