@@ -229,6 +229,13 @@ MUTANTS = (
         f"{SPOILT}[zero1 bf16]",
     ),
     Mutant(
+        "schedules follow refused steps too",
+        "megad2v/training/loop.py",
+        "_rates(run.config, progress.updates)",
+        "_rates(run.config, progress.step)",
+        "tests/cli/test_stability.py::test_nan_for_ever_stops_and_an_older_checkpoint_goes_on",
+    ),
+    Mutant(
         "stopping deletes older checkpoints",
         "megad2v/training/loop.py",
         "save_checkpoint(run, delete_older=False)",

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from megad2v.checkpoint.catalog import prune, step_directory, steps_present
+from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.schema import Config
 from megad2v.data.loader import FiniteBatches, TrainingLoader
 from megad2v.engine.distributed import World, sum_over
@@ -156,21 +157,22 @@ def _refuse(run: Run, verdict: Verdict, batches: Sequence[Batch], losses: Sequen
 
 def _stop(run: Run, halt: Halt) -> NoReturn:
     """Save, delete nothing, and raise BadNumericState on every rank, with the newest checkpoint before the trouble."""
-    save_checkpoint(run, delete_older=False)
     step, since = run.progress.step, halt.since
+    try:
+        save_checkpoint(run, delete_older=False)
+        saved = f"Saved {step_directory(run.directory, step)}"
+    except CheckpointError as error:  # on every rank; why the run stops is still to be told
+        saved = f"Its state could not be saved ({error})"
     if halt.low is not None and run.logger is not None:  # the rank that will print it
         since = low_since(run.logger.path, *halt.low, step)
     # What step number s was computed with is the state after s - 1: that one is no way back.
-    older = [saved for saved in steps_present(run.directory) if saved < since - 1]
+    older = [number for number in steps_present(run.directory) if number < since - 1]
     before = (
         f"the newest checkpoint from before that is {step_directory(run.directory, older[-1])} (--train.resume PATH)"
         if older
         else "no checkpoint from before that is there"
     )
-    raise BadNumericState(
-        f"stopped at step {step}: {halt.what}; since step {since}. Saved {step_directory(run.directory, step)}; "
-        f"{before}. {halt.advice}"
-    )
+    raise BadNumericState(f"stopped at step {step}: {halt.what}; since step {since}. {saved}; {before}. {halt.advice}")
 
 
 def _log(

@@ -125,7 +125,9 @@ def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> N
     try:
         run = pretrain(config, ds, world, recipe=recipe)
         if run.progress.skipped:
-            raise BadNumericState("--check: the one step was not taken, see above: neither will be those of the run")
+            raise BadNumericState(
+                "--check: the one step was refused, for the reason above; the run would refuse it too"
+            )
         peak, what = peak_memory(world.device)  # before the copies that only this check makes
         together(lambda: _reload(run), errors=(UserError,), raises=UserError)
         if world.is_main:

@@ -13,6 +13,8 @@ import pytest
 
 from megad2v.checkpoint.catalog import steps_present
 from megad2v.checkpoint.reader import Checkpoint
+from megad2v.config.tree import config_from_dict
+from megad2v.training.loop import _rates
 from tests.cli.conftest import TINY
 from tests.distributed.harness import REPOSITORY, run_command
 
@@ -93,6 +95,10 @@ def test_nan_for_ever_stops_and_an_older_checkpoint_goes_on(demo_shards: Path, t
         assert line["reason"] == "not finite: loss and gradient norm"
         assert line["loss"] is line["step_loss"] is line["grad_norm"] is None
     (logged,) = _lines(run / "metrics.jsonl")
+    config = config_from_dict(Checkpoint(run / "checkpoints" / "step_00000005").index.config)
+    assert (logged["lr"], logged["ema_decay"]) == _rates(config, updates=2), (
+        "schedules follow the updates, not the steps"
+    )
     assert (logged["step"], logged["skipped_steps"], logged["loss"], logged["grad_norm"]) == (4, 2, None, None)
 
     back = ["--train.resume", str(run / "checkpoints" / "step_00000001"), "--train.steps", "4"]
@@ -100,3 +106,12 @@ def test_nan_for_ever_stops_and_an_older_checkpoint_goes_on(demo_shards: Path, t
     assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "bad_steps.jsonl").read_text() == "", "cut back to the step that is resumed from"
     assert _lines(run / "metrics.jsonl")[-1]["skipped_steps"] == 0
+
+
+@pytest.mark.timeout(120)
+def test_check_does_not_pass_a_step_that_was_refused(demo_shards: Path, tmp_path: Path) -> None:
+    """Pixels divided by the smallest float32 there is are infinite."""
+    done = _train(PYTHON, demo_shards, tmp_path / "run", "--check", "--vision.std", "[1e-45,1e-45,1e-45]")
+    assert done.returncode == 3 and "check passed" not in done.stdout, done.stdout + done.stderr
+    assert "--check: the one step was refused" in done.stderr and "step 1 was not taken: not finite" in done.stdout
+    assert list(tmp_path.iterdir()) == []

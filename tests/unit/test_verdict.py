@@ -6,13 +6,17 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.schema import VerdictConfig
+from megad2v.errors import BadNumericState
+from megad2v.training import loop
 from megad2v.training.records import low_since
 from megad2v.training.state import Progress
-from megad2v.training.verdict import Verdict, robust_z
+from megad2v.training.verdict import Halt, Verdict, robust_z
 
 NAN, INF = math.nan, math.inf
 
@@ -172,3 +176,25 @@ def test_since_when_a_metric_lies_low(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in written))
     assert low_since(path, "target_std", 0.1, 50) == 30
     assert low_since(path, "target_std", 1.0, 50) == 10
+
+
+@pytest.mark.parametrize("disk_full", [False, True])
+def test_where_a_stopped_run_can_go_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_full: bool) -> None:
+    """Step 30 was computed with the state after 29: that one is no way back. A full disk does not hide the reason."""
+    for step in (10, 20, 29, 35):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+
+    def save(run: object, *, delete_older: bool) -> None:
+        assert not delete_older
+        if disk_full:
+            raise CheckpointError("No space left on device")
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    run = SimpleNamespace(directory=tmp_path, progress=Progress(step=40), logger=None)
+    with pytest.raises(BadNumericState) as caught:
+        loop._stop(run, Halt("what happened", since=30, advice="Do this"))
+    said = str(caught.value)
+    assert "stopped at step 40: what happened; since step 30." in said and said.endswith("Do this")
+    assert f"{tmp_path / 'checkpoints' / 'step_00000020'} (--train.resume PATH)" in said
+    assert ("could not be saved (No space left on device)" in said) == disk_full
+    assert (f"Saved {tmp_path / 'checkpoints' / 'step_00000040'};" in said) != disk_full
