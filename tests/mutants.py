@@ -42,6 +42,7 @@ OBJECTIVE, DATA2VEC, MODELS = (f"tests/unit/test_{name}.py" for name in ("object
 LAYOUT = "tests/distributed/test_layouts.py::test_same_step_as_plain_torch"
 ORACLE = "tests/distributed/test_layouts.py::test_teacher_equals_float64_oracle"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
+SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
     # --- the objective
@@ -189,6 +190,57 @@ MUTANTS = (
         "                    partition.grad.zero_()\n",
         "                    pass\n",
         f"{UNUSED}[zero3_offload]",
+    ),
+    # --- the verdict
+    Mutant(
+        "verdict without the spike",
+        "megad2v/training/verdict.py",
+        "_not_finite(values) or self._spike(values)",
+        "_not_finite(values)",
+        f"{SPOILT}[zero3 fp32]",
+    ),
+    Mutant(
+        "a refused step becomes usual",
+        "megad2v/training/verdict.py",
+        "            self.bad_in_a_row += 1\n            return False\n",
+        "            self.bad_in_a_row += 1\n"
+        "            self._histories['loss'].append(loss)\n            return False\n",
+        f"{SPOILT}[zero1 fp32]",
+    ),
+    Mutant(
+        "every rank judges its own loss",
+        "megad2v/engine/gradients.py",
+        "        dist.all_reduce(agreed)\n",
+        "        agreed[1] *= dist.get_world_size()\n",
+        "tests/distributed/test_skip.py::test_all_ranks_judge_the_same_numbers[zero2 fp32]",
+    ),
+    Mutant(
+        "teacher averages a refused step",
+        "megad2v/training/step.py",
+        "    if taken:\n        teacher.update(decay)",
+        "    if True:\n        teacher.update(decay)",
+        f"{SPOILT}[zero2 fp32]",
+    ),
+    Mutant(
+        "bf16 under ZeRO-1 asks nobody",
+        "megad2v/engine/gradients.py",
+        "        if not self._is_bf16_optimizer:\n            yield",
+        "        if True:\n            yield",
+        f"{SPOILT}[zero1 bf16]",
+    ),
+    Mutant(
+        "schedules follow refused steps too",
+        "megad2v/training/loop.py",
+        "_rates(run.config, progress.updates)",
+        "_rates(run.config, progress.step)",
+        "tests/cli/test_stability.py::test_nan_for_ever_stops_and_an_older_checkpoint_goes_on",
+    ),
+    Mutant(
+        "stopping deletes older checkpoints",
+        "megad2v/training/loop.py",
+        "save_checkpoint(run, delete_older=False)",
+        "save_checkpoint(run)",
+        "tests/cli/test_stability.py::test_a_run_that_collapses_stops",
     ),
     # --- resuming
     Mutant(

@@ -177,6 +177,25 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class VerdictConfig:
+    """Which steps are not taken, and when the run stops (exit code 3). A step that is not finite never is."""
+
+    spike_z: float = 20.0
+    """A step is refused when its loss or gradient norm lies this many robust standard deviations above the median of
+    recent steps, in the logarithm: 20 is 7.4 times the median or more. 0 switches the test off."""
+    window: int = 128
+    """Taken steps that median and spread are of; the test begins when half of them (at least 16) are there."""
+    max_bad_steps: int = 10
+    """The run stops after so many refused steps in a row, with its state saved. 0: never."""
+    min_target_std: float = 0.1
+    """The run stops when the targets' standard deviation, as logged, falls below (fairseq audio 0.1). 0: never."""
+    min_pred_std: float = 0.01
+    """The same for predictions (fairseq audio 0.01)."""
+    std_after: int = 5000
+    """Updates before these two floors hold (fairseq 5000)."""
+
+
+@dataclass(frozen=True)
 class MicroBatchConfig:
     """Budget of one micro-batch: give exactly one."""
 
@@ -284,6 +303,7 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    verdict: VerdictConfig = field(default_factory=VerdictConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -13,7 +13,7 @@ from megad2v.errors import UserError
 def validate(config: Config) -> None:
     """Raise UserError for the first contradiction inside the configuration."""
     # Finiteness first: NaN breaks most of the rules below too, and their words would not say so.
-    for rules in (_finite, _model, _objective, _optimisation, _run):
+    for rules in (_finite, _model, _objective, _optimisation, _verdict, _run):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -121,6 +121,16 @@ def _parallel(config: Config) -> list[str]:
             problems.append(f"parallel.tensor: {tensor} ranks cannot share {key} = {total} equally; use a divisor")
     if config.parallel.sequence and tensor == 1:
         problems.append("parallel.sequence: splits over tensor-parallel ranks; set parallel.tensor above 1 or leave it")
+    return problems
+
+
+def _verdict(config: Config) -> list[str]:
+    verdict, problems = config.verdict, []
+    for key in ("spike_z", "max_bad_steps", "min_target_std", "min_pred_std", "std_after"):
+        if getattr(verdict, key) < 0:
+            problems.append(f"verdict.{key}: expected at least 0, got {getattr(verdict, key)}")
+    if verdict.window < 16:
+        problems.append(f"verdict.window: fewer than 16 steps say little of what is usual, got {verdict.window}")
     return problems
 
 

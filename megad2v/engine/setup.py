@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megad2v.engine.fragments import ZeroState, local_range, write_slice, zero_state
+from megad2v.engine.gradients import Judge, StepGate, both_finite
 from megad2v.errors import UserError
 from megad2v.models.block import Block
 from megad2v.models.initialise import initial_value, initialisers
@@ -144,6 +145,7 @@ class TrainingEngine:
         self.teacher: nn.Module = self._teacher_engine(teacher, ds) if zero3 and not resident_teacher else teacher
         self.accumulation: int = ds["gradient_accumulation_steps"]
         self.data_parallel: int = self.deepspeed.dp_world_size
+        self._gate = StepGate(self.deepspeed, device)
         self._managed: bool = ds.get("managed_gradient_accumulation", True)
 
     def _teacher_engine(self, teacher: nn.Module, ds: dict[str, Any]) -> nn.Module:
@@ -175,15 +177,18 @@ class TrainingEngine:
         if self._managed and not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # only advances the accumulation counter
 
-    def step(self, lr: float) -> bool:
-        """Update the weights with learning rate `lr`. False where DeepSpeed skipped a non-finite step. Collective."""
+    def step(self, lr: float, loss: Tensor | None = None, judge: Judge = both_finite) -> bool:
+        """Update the weights with learning rate `lr` if `judge` allows it; whether it did (see `StepGate.step`).
+
+        `loss` is this rank's part of the step's loss, a scalar on the device; left out, only the gradient is judged.
+        A refused step changes no weight and no moment. Collective, the same on every rank.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        self.deepspeed.step()
+        taken = self._gate.step(torch.zeros(()) if loss is None else loss, judge)
         self.state.clear_unused_gradients()
-        return not getattr(self.deepspeed.optimizer, "overflow", False)
+        return taken
 
     def gradient_norm(self) -> float:
-        """Global L2 norm of the last step's gradient, before clipping."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        """Global L2 norm of the last step's gradient, before clipping; not finite where the gradient was not."""
+        return self._gate.norm

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from megad2v.checkpoint.catalog import prune, step_directory
+from megad2v.checkpoint.catalog import prune, step_directory, steps_present
+from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.schema import Config
 from megad2v.data.loader import FiniteBatches, TrainingLoader
 from megad2v.engine.distributed import World, sum_over
 from megad2v.engine.setup import TrainingEngine
-from megad2v.errors import UserError
+from megad2v.errors import BadNumericState, UserError
 from megad2v.metrics.logger import MetricsLogger
 from megad2v.metrics.statistics import StepStatistics
 from megad2v.metrics.throughput import Throughput
+from megad2v.modalities.batch import Batch
 from megad2v.teacher.ema import ShardedTeacher
 from megad2v.teacher.schedule import decay_at
 from megad2v.training.evaluate import validate
-from megad2v.training.records import RunRecords
+from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords, low_since
 from megad2v.training.schedules import learning_rate
 from megad2v.training.state import Progress, save, state_memory
 from megad2v.training.step import StepCounts, count_step, take_step
+from megad2v.training.verdict import Halt, Verdict
 
 BAD_SAMPLES_GRACE = 1000
 """Samples seen before data.max_bad_fraction is held against the run."""
@@ -63,6 +67,7 @@ def train(run: Run) -> None:
     """From `run.progress` to train.steps. Every rank takes the same decisions from the same global counts."""
     train, progress = run.config.train, run.progress
     steps = iter(run.loader)
+    verdict = Verdict(run.config.verdict, losses=progress.taken_losses, norms=progress.taken_norms)
     while progress.step < train.steps:
         started = time.perf_counter()
         batches = next(steps)
@@ -72,6 +77,7 @@ def train(run: Run) -> None:
         due = _due(progress.step + 1, train.log_every, train.steps)
         statistics = StepStatistics(run.config.model.width, run.world.device) if due else None
         rate, decay = _rates(run.config, progress.updates)
+        losses: list[Tensor] = []
         taken = take_step(
             run.engine,
             run.teacher,
@@ -83,6 +89,8 @@ def train(run: Run) -> None:
             learning_rate=rate,
             decay=decay,
             statistics=statistics,
+            verdict=verdict,
+            losses=losses,
         )
         progress.step += 1
         progress.updates += taken
@@ -91,8 +99,13 @@ def train(run: Run) -> None:
         _count_samples(run, counts)
         run.throughput.add(counts.samples, step_seconds=time.perf_counter() - started, data_seconds=waited)
 
+        halt = None if taken else _refuse(run, verdict, batches, losses)
         if statistics is not None:
-            _log(run, statistics, counts, {"lr": rate, "ema_decay": decay})
+            read = _log(run, statistics, counts, {"lr": rate, "ema_decay": decay}, verdict)
+            if taken and counts.masked > 1 and verdict.watches_std(progress.updates):
+                halt = verdict.collapsed(read, progress.step)
+        if halt is not None:
+            _stop(run, halt)
         if run.valid is not None and _due(progress.step, train.eval_every, train.steps):
             _validate(run)
         if _due(progress.step, train.save_every, train.steps):
@@ -124,16 +137,58 @@ def _count_samples(run: Run, counts: StepCounts) -> None:
     if seen >= BAD_SAMPLES_GRACE and progress.dropped > limit * seen:
         raise UserError(
             f"data.max_bad_fraction: {progress.dropped} of {seen} samples could not be decoded, more than {limit:g} "
-            f"of them; {run.directory / 'quarantine.jsonl'} names each"
+            f"of them; {run.directory / QUARANTINE} names each"
         )
 
 
-def _log(run: Run, statistics: StepStatistics, counts: StepCounts, rates: dict[str, float]) -> None:
+def _refuse(run: Run, verdict: Verdict, batches: Sequence[Batch], losses: Sequence[Tensor]) -> Halt | None:
+    """A step was not taken: say so, name its samples, and decide whether that was one too many."""
+    step, judgement = run.progress.step, verdict.latest
+    means = [float(loss) / max(1, batch.masked_count()) for loss, batch in zip(losses, batches, strict=True)]
+    run.records.refused(step, batches, means, judgement)
+    if run.world.is_main:
+        print(
+            f"step {step} was not taken: {judgement.reason} (loss {judgement.loss:.4g}, gradient norm "
+            f"{judgement.norm:.4g}); {verdict.bad_in_a_row} in a row; samples in {run.directory / BAD_STEPS}",
+            flush=True,
+        )
+    return verdict.too_many_bad(step)
+
+
+def _stop(run: Run, halt: Halt) -> NoReturn:
+    """Save, delete nothing, and raise BadNumericState on every rank, with the newest checkpoint before the trouble."""
+    step, since = run.progress.step, halt.since
+    try:
+        save_checkpoint(run, delete_older=False)
+        saved = f"Saved {step_directory(run.directory, step)}"
+    except CheckpointError as error:  # on every rank; why the run stops is still to be told
+        saved = f"Its state could not be saved ({error})"
+    if halt.low is not None and run.logger is not None:  # the rank that will print it
+        since = low_since(run.logger.path, *halt.low, step)
+    # What step number s was computed with is the state after s - 1: that one is no way back.
+    older = [number for number in steps_present(run.directory) if number < since - 1]
+    before = (
+        f"the newest checkpoint from before that is {step_directory(run.directory, older[-1])} (--train.resume PATH)"
+        if older
+        else "no checkpoint from before that is there"
+    )
+    raise BadNumericState(f"stopped at step {step}: {halt.what}; since step {since}. {saved}; {before}. {halt.advice}")
+
+
+def _log(
+    run: Run, statistics: StepStatistics, counts: StepCounts, rates: dict[str, float], verdict: Verdict
+) -> dict[str, float]:
+    """Sum the statistics over data-parallel ranks and write the step's line; what was read, where it was.
+
+    Every rank reads once floors hold on the standard deviations, else the main one alone. All have the same bits:
+    the all-reduce gives them to a data-parallel group, and tensor-parallel ranks compute the same activations.
+    """
     sum_over(run.world.data, statistics.sums)
     speed = run.throughput.read()
+    progress = run.progress
+    read = statistics.read() if run.logger is not None or verdict.watches_std(progress.updates) else {}
     if run.logger is None:
-        return
-    read, progress = statistics.read(), run.progress
+        return read
     norm = run.engine.gradient_norm()
     values: dict[str, Any] = {
         "epoch": progress.samples / max(1, run.loader.epoch_size),
@@ -150,6 +205,7 @@ def _log(run: Run, statistics: StepStatistics, counts: StepCounts, rates: dict[s
     run.logger.write(progress.step, values)
     shown = ("loss", "target_std", "pred_std", "grad_norm", "tokens_per_second", "mfu")
     run.logger.progress(progress.step, {key: values[key] for key in shown})
+    return read
 
 
 def _validate(run: Run) -> None:
@@ -159,7 +215,7 @@ def _validate(run: Run) -> None:
         run.logger.progress(run.progress.step, values)
 
 
-def save_checkpoint(run: Run) -> None:
+def save_checkpoint(run: Run, *, delete_older: bool = True) -> None:
     """Save, then delete what train.keep_last lets go. Collective."""
     directory = step_directory(run.directory, run.progress.step)
     save(
@@ -171,5 +227,5 @@ def save_checkpoint(run: Run) -> None:
         world=run.world,
         data_fingerprint=run.loader.fingerprint,
     )
-    if run.world.is_main:
+    if run.world.is_main and delete_older:
         prune(run.directory, run.config.train.keep_last)

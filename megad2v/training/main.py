@@ -22,7 +22,7 @@ from megad2v.config.schema import Config, TrainConfig
 from megad2v.data.workers import WorkerDied
 from megad2v.engine import distributed
 from megad2v.engine.distributed import World, broadcast_text, together
-from megad2v.errors import UserError
+from megad2v.errors import BadNumericState, UserError
 from megad2v.metrics.report import peak_memory
 from megad2v.training.loop import Run, train
 from megad2v.training.setup import set_up
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check(config, ds, world, recipe=command.recipe)
         else:
             pretrain(config, ds, world, recipe=command.recipe)
-    except UserError as error:
+    except (UserError, BadNumericState) as error:
         if rank == 0 or error.on_one_rank:
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
         if error.on_one_rank:
@@ -124,6 +124,10 @@ def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> N
     config = replace(config, train=one, teacher=teacher, schedule=schedule)
     try:
         run = pretrain(config, ds, world, recipe=recipe)
+        if run.progress.skipped:
+            raise BadNumericState(
+                "--check: the one step was refused, for the reason above; the run would refuse it too"
+            )
         peak, what = peak_memory(world.device)  # before the copies that only this check makes
         together(lambda: _reload(run), errors=(UserError,), raises=UserError)
         if world.is_main:

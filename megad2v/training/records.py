@@ -1,14 +1,18 @@
-"""What a run consumed, for audits: trace/rank*.jsonl (data.trace) and quarantine.jsonl."""
+"""What a run consumed, for audits: trace/rank*.jsonl (data.trace), quarantine.jsonl, bad_steps.jsonl."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from megad2v.engine.distributed import World
 from megad2v.metrics.logger import drop_later_lines
 from megad2v.modalities.batch import Batch
+from megad2v.training.verdict import Judgement
+
+QUARANTINE, BAD_STEPS = "quarantine.jsonl", "bad_steps.jsonl"
 
 
 class RunRecords:
@@ -18,7 +22,7 @@ class RunRecords:
         self._data = world.data
         # Tensor-parallel ranks consume the same micro-batches: one of them writes.
         self._writes = world.tensor.rank == 0
-        self._quarantine = run / "quarantine.jsonl"
+        self._run = run
         self._trace = None
         if trace and self._writes:
             path = run / "trace" / f"rank{world.rank}.jsonl"
@@ -43,10 +47,49 @@ class RunRecords:
                     json.dumps({"step": step, "micro_batch": micro_batch, "sample": sample, "reason": reason}) + "\n"
                     for sample, reason in batch.dropped
                 ]
-                with self._quarantine.open("a") as file:  # one append per write: ranks share the file
-                    file.write("".join(lines))
+                self._append(QUARANTINE, lines)
+
+    def refused(self, step: int, batches: Sequence[Batch], losses: Sequence[float], judgement: Judgement) -> None:
+        """Record a step that was not taken: a line for each of this rank's micro-batches, with the loss per masked
+        position of that micro-batch (`losses`) beside loss and gradient norm of the whole step; null: not finite."""
+        lines = []
+        for place, (batch, loss) in enumerate(zip(batches, losses, strict=True)):
+            line = {
+                "step": step,
+                "micro_batch": self._data.rank + place * self._data.size,
+                "reason": judgement.reason,
+                "loss": _finite(loss),
+                "step_loss": _finite(judgement.loss),
+                "grad_norm": _finite(judgement.norm),
+                "samples": batch.sample_ids,
+            }
+            lines.append(json.dumps(line) + "\n")
+        if self._writes:
+            self._append(BAD_STEPS, lines)
+
+    def _append(self, name: str, lines: list[str]) -> None:
+        with (self._run / name).open("a") as file:  # one append per write: ranks share the file
+            file.write("".join(lines))
 
     def close(self) -> None:
         """Close the trace."""
         if self._trace is not None:
             self._trace.close()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def low_since(metrics: Path, key: str, floor: float, step: int) -> int:
+    """The first step of the unbroken row of logged steps, up to `step`, whose `key` lies under `floor`."""
+    since = step
+    for text in reversed(metrics.read_text().splitlines()):
+        line = json.loads(text)
+        if key not in line:
+            continue
+        if line[key] is None or line[key] >= floor:
+            break
+        since = min(since, line["step"])
+    return since

@@ -28,7 +28,7 @@ from megad2v.modalities.build import build_student, build_teacher, positions
 from megad2v.parallel.layers import layers_for
 from megad2v.teacher.ema import ShardedTeacher
 from megad2v.training.loop import Run
-from megad2v.training.records import RunRecords
+from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords
 from megad2v.training.state import check_resumable, initialise_from, load
 
 T = TypeVar("T")
@@ -193,7 +193,8 @@ def _prepare_directory(config: Config, filled: dict[str, Any], directory: Path, 
         print(f"set aside: {aside}", flush=True)
     (directory / "config.yaml").write_text(to_yaml(config))
     (directory / "ds_config.json").write_text(json.dumps(filled, indent=2) + "\n")
-    drop_later_lines(directory / "quarantine.jsonl", start)
+    for name in (QUARANTINE, BAD_STEPS):
+        drop_later_lines(directory / name, start)
 
 
 def _restore(run: Run, resumed: Checkpoint | None, source: Checkpoint | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,11 @@ class Progress:
     samples: int = 0
     dropped: int = 0
     skipped: int = 0
-    """Steps whose update was not finite."""
+    """Steps that were refused: not finite, or a spike."""
+    taken_losses: list[float] = field(default_factory=list)
+    """Loss of the last verdict.window steps taken: what a spike is measured against."""
+    taken_norms: list[float] = field(default_factory=list)
+    """Their gradient norms."""
 
 
 def state_memory(engine: TrainingEngine, teacher: ShardedTeacher) -> Iterator[tuple[str, Fragment, Tensor]]:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megad2v.engine.distributed import World, sum_over
+from megad2v.engine.gradients import both_finite
 from megad2v.engine.setup import TrainingEngine
 from megad2v.metrics.statistics import StepStatistics
 from megad2v.modalities.batch import Batch
 from megad2v.teacher.ema import ShardedTeacher
+from megad2v.training.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,25 @@ def take_step(
     learning_rate: float,
     decay: float,
     statistics: StepStatistics | None,
+    verdict: Verdict | None = None,
+    losses: list[Tensor] | None = None,
 ) -> bool:
-    """Forward and backward of this rank's micro-batches, update, EMA. False where the update was not finite and was
-    skipped: then neither weights nor teacher have changed. Collective, the same on every rank.
+    """Forward and backward of this rank's micro-batches, verdict, update, EMA. False where the step was refused: then
+    neither weights nor moments nor teacher have changed. Collective, the same on every rank.
+
+    Without a `verdict` every finite step is taken. `losses` takes in each micro-batch's summed loss, on the device.
     """
+    losses = [] if losses is None else losses
     for place, batch in enumerate(batches):
         seed_forward(seed, step, world.data.rank + place * world.data.size)
         batch = batch.to(world.device)
         loss_sum, prediction_nd, target_nd = engine.forward(batch.inputs, batch.mask_bmt, batch.padding_bt)
         engine.backward(loss_sum, counts.masked)
+        losses.append(loss_sum.detach())
         if statistics is not None:
             statistics.add(loss_sum, prediction_nd, target_nd)
-    taken = engine.step(learning_rate)
+    loss = torch.stack(losses).double().sum() / max(1, counts.masked)
+    taken = engine.step(learning_rate, loss, both_finite if verdict is None else verdict.judge)
     if taken:
         teacher.update(decay)
         teacher.refresh()

@@ -115,7 +115,7 @@ def _run_step(world: Any, config: Any, engine: Any, teacher: Any, step: int, sta
 
 def curves(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     """Train on each of `layouts`, one after the other. By name: losses and norms of all steps, this rank's masked
-    counts; step-1 gradients and final weights go to NAME.{gradients,student,teacher}.safetensors, a checkpoint to NAME/."""
+    counts; step-1 gradients and final weights go to NAME.KIND.safetensors, a checkpoint to NAME/."""
     world = start()
     layouts = sorted((Layout(**fields) for fields in arguments["layouts"]), key=lambda layout: layout.tensor)
     return {str(layout): _curve(world, layout, arguments["steps"], output) for layout in layouts}

@@ -1,8 +1,9 @@
-"""Job for test_skip.py: a step in which one rank's loss is not a number."""
+"""Job for test_skip.py: steps that one rank's micro-batch spoils, by NaN or by a loss far beyond the usual."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from megad2v.config.schema import Config
 from megad2v.modalities.batch import Batch
 
 POISONED_RANK = 1
+SPIKE = 1e4
+USUAL_STEPS = 16
 Snapshot = dict[str, list[torch.Tensor]]
 
 
@@ -50,8 +53,10 @@ class _Trainer:
 
     def __init__(self, config: Config, layout: str, precision: str, world: Any) -> None:
         from megad2v.config.deepspeed_json import fill_deepspeed, read_deepspeed_json
+        from megad2v.config.schema import VerdictConfig
         from megad2v.teacher.ema import ShardedTeacher
         from megad2v.training.setup import build_engine
+        from megad2v.training.verdict import Verdict
         from tests.distributed.harness import REPOSITORY
 
         ds = read_deepspeed_json(REPOSITORY / "ds_configs" / f"{layout}.json")
@@ -59,37 +64,69 @@ class _Trainer:
         self.config, self.world = config, world
         self.engine = build_engine(config, filled, world)
         self.teacher = ShardedTeacher(self.engine)
+        self.verdict = Verdict(VerdictConfig(window=USUAL_STEPS), losses=[], norms=[])
 
-    def step(self, step: int, *, poison: bool = False) -> bool:
+    def step(self, step: int, spoil: str = "") -> bool:
+        """One step; on one rank its first micro-batch (what follows must not hide it) is spoilt by "nan" or "spike"."""
         from megad2v.training.step import count_step, take_step
         from tests.distributed.layouts import micro_batch
 
-        world = self.world
+        world, forward = self.world, self.engine.forward
         places = range(world.data.rank, self.config.train.micro_batches_per_step, world.data.size)
         batches = [micro_batch(step, m) for m in places]
-        if poison and world.rank == POISONED_RANK:
-            batches[0] = _poisoned(batches[0])  # not the last: what follows must not hide it
-        return take_step(
-            self.engine,
-            self.teacher,
-            batches,
-            count_step(batches, world),
-            world=world,
-            seed=1,
-            step=step,
-            learning_rate=self.config.optimizer.lr,
-            decay=0.9,
-            statistics=None,
-        )
+        factors = iter([SPIKE])
+        if world.rank == POISONED_RANK and spoil == "nan":
+            batches[0] = _poisoned(batches[0])
+        if world.rank == POISONED_RANK and spoil == "spike":
+            self.engine.forward = lambda *inputs: _times(next(factors, 1.0), forward(*inputs))
+        try:
+            return take_step(
+                self.engine,
+                self.teacher,
+                batches,
+                count_step(batches, world),
+                world=world,
+                seed=1,
+                step=step,
+                learning_rate=self.config.optimizer.lr,
+                decay=0.9,
+                statistics=None,
+                verdict=self.verdict,
+            )
+        finally:
+            self.engine.forward = forward
+
+    def first_step(self) -> bool:
+        """Step 0, then as many like it in the verdict's memory as it wants to see before it calls a spike."""
+        taken = self.step(0)
+        for history in self.verdict._histories.values():
+            history *= USUAL_STEPS
+        return taken
 
     def snapshot(self) -> Snapshot:
-        return _snapshot(self.engine, self.teacher)
+        kept = _snapshot(self.engine, self.teacher)
+        kept["history"] = [torch.tensor(h, dtype=torch.float64) for h in self.verdict._histories.values()]
+        return kept
+
+    def without_gate(self) -> None:
+        """From here on DeepSpeed decides alone, as it does for anybody."""
+        optimizer = self.engine.deepspeed.optimizer
+        for name in ("_get_norm_groups", "scaled_global_norm", "check_overflow"):
+            vars(optimizer).pop(name, None)
+        self.engine._gate.step = lambda loss, judge: self.engine.deepspeed.step() is None
+
+
+def _times(factor: float, forward: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    loss_sum, *others = forward
+    return loss_sum * factor, *others
 
 
 def skip(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Under each (layout, precision) of `cases`, one after the other: a good step, a poisoned one, a good one; and
-    beside it a run that never met the poisoned one. Returns, by case, which steps were taken and what was equal."""
+    """Under each (layout, precision) of `cases`, one after the other: good, NaN, good, spike, good; and beside it a run
+    that never met the two spoilt steps. Returns, by case, which steps were taken, why not, what was equal, and what a
+    good step sent more, and less, than DeepSpeed's own."""
     from megad2v.engine import distributed
+    from tests.distributed.jobs_layout import CountCollectives
     from tests.distributed.layouts import tiny_config
 
     world = distributed.start()
@@ -97,17 +134,31 @@ def skip(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for layout, precision in arguments["cases"]:
         trainer, spared = (_Trainer(tiny_config(), layout, precision, world) for _ in range(2))
-        taken = [trainer.step(0)]
-        before = trainer.snapshot()
-        taken.append(trainer.step(1, poison=True))
-        after = trainer.snapshot()
-        taken.append(trainer.step(2))
-        last = trainer.snapshot()
-        spared.step(0), spared.step(2)
+        taken, judgements, spoilt, moved = [trainer.first_step()], [], {}, {}
+        for step, kind in ((1, "nan"), (3, "spike")):
+            before = trainer.snapshot()
+            taken.append(trainer.step(step, kind))
+            after = trainer.snapshot()
+            judgements.append(asdict(trainer.verdict.latest))
+            taken.append(trainer.step(step + 1))
+            last = trainer.snapshot()
+            spoilt[kind], moved[kind] = _equal(before, after), _equal(after, last)
+        spared.first_step(), spared.step(2), spared.step(4)
+        same = _equal(last, spared.snapshot())
+        with CountCollectives() as asked:
+            trainer.step(5)
+        spared.without_gate()
+        with CountCollectives() as unasked:
+            spared.step(5)
+        ours, theirs = Counter(asked.calls), Counter(unasked.calls)
         seen[f"{layout} {precision}"] = {
             "taken": taken,
-            "over the poisoned step": _equal(before, after),
-            "over the next step": _equal(after, last),
-            "with the spared run": _equal(last, spared.snapshot()),
+            "judgements": judgements,
+            "over the spoilt step": spoilt,
+            "over the next step": moved,
+            "with the spared run": same,
+            "sent more": list((ours - theirs).elements()),
+            "sent less": list((theirs - ours).elements()),
+            "sent": len(asked.calls),
         }
     return seen

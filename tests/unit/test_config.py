@@ -299,6 +299,9 @@ RULES: list[tuple[Config, str]] = [
     (broken(optimizer={"weight_decay": -0.05}), "optimizer.weight_decay: expected at least 0, got -0.05"),
     (broken(schedule={"warmup_steps": -1}), "schedule.warmup_steps: expected at least 0, got -1"),
     (broken(schedule={"hold_fraction": 1.5}), "schedule.hold_fraction: expected 0 to 1, got 1.5"),
+    (broken(verdict={"spike_z": -1.0}), "verdict.spike_z: expected at least 0, got -1.0"),
+    (broken(verdict={"max_bad_steps": -1}), "verdict.max_bad_steps: expected at least 0, got -1"),
+    (broken(verdict={"window": 8}), "verdict.window: fewer than 16 steps say little"),
     (
         broken(schedule={"kind": "tri_stage", "final_scale": 0.0}),
         "schedule.final_scale: tri_stage decays exponentially",
