@@ -57,6 +57,11 @@ def shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: shard_of(p).full_shape for name, p in module.named_parameters()}
 
 
+def own_numel(module: nn.Module) -> int:
+    """Parameters of this tensor-parallel rank's slices, partitioned or not."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
 class ReplicatedWeights:
     """ZeRO 1 and 2: weights replicated in flat buffers, masters partitioned. bf16 stage 1 has another class inside."""
 

@@ -43,26 +43,44 @@ def git_revision() -> str:
         return "unknown"
 
 
-def memory_estimate(student: int, teacher: int, *, stage: int, ranks: int, low_precision: bool) -> float:
+def memory_estimate(
+    student: int, teacher: int, *, stage: int, ranks: int, low_precision: bool, resident: bool = False
+) -> float:
     """Bytes of model state on one rank (activations come on top): weights in the compute dtype, float32
-    gradients, master, two moments and teacher average, teacher forward copy; split as in the ZeRO paper."""
+    gradients, master, two moments and teacher average, teacher forward copy; split as in the ZeRO paper.
+
+    `student` and `teacher` are the parameters of one tensor-parallel rank, `ranks` the data-parallel ones that ZeRO
+    splits them over; `resident`: the teacher's forward copy is whole whatever the stage.
+    """
     width = 2 if low_precision else 4
     masters = (12 * student + 4 * teacher) / ranks
-    weights = width * (student + teacher) / (ranks if stage == 3 else 1)
+    weights = width * student / (ranks if stage == 3 else 1)
+    copy = width * teacher / (ranks if stage == 3 and not resident else 1)
     gradients = 4 * student / (ranks if stage >= 2 else 1)
-    return masters + weights + gradients
+    return masters + weights + copy + gradients
 
 
 def start_up_report(
-    *, world: Any, precision: str, stage: int, student: int, teacher: int, recipe: str, run: Path, peak: str
+    *,
+    world: Any,
+    precision: str,
+    stage: int,
+    student: int,
+    teacher: int,
+    memory: float,
+    recipe: str,
+    run: Path,
+    peak: str,
 ) -> list[str]:
-    """Lines for people, printed once by the main rank."""
+    """Lines for people, printed once by the main rank. `memory` in bytes, as of `memory_estimate`."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name()
     norm = "apex fused" if APEX_LAYER_NORM is not None and world.device.type == "cuda" else "torch"
-    memory = memory_estimate(student, teacher, stage=stage, ranks=world.size, low_precision=precision == "bf16")
+    ranks = f"ranks {world.size}" + (
+        f" (data {world.data.size} x tensor {world.tensor.size})" if world.tensor.size > 1 else ""
+    )
     return [
         f"megad2v {'  '.join(f'{name} {version}' for name, version in versions().items() if name != 'megad2v')}",
-        f"host {socket.gethostname()}  ranks {world.size}  device {device}  threads {torch.get_num_threads()}",
+        f"host {socket.gethostname()}  {ranks}  device {device}  threads {torch.get_num_threads()}",
         f"recipe {recipe}  precision {precision}  ZeRO {stage}  attention torch SDPA  layer norm {norm}  peak {peak}",
         f"parameters: student {student:,}  teacher {teacher:,}  model state about {memory / 2**20:,.0f} MiB per rank",
         f"run directory {run}",

@@ -17,12 +17,12 @@ from megad2v.config.load import to_yaml
 from megad2v.config.schema import Config
 from megad2v.data.loader import TrainingLoader, validation_batches
 from megad2v.engine.distributed import World, broadcast_text, on_gpu, together
-from megad2v.engine.fragments import shapes
+from megad2v.engine.fragments import own_numel, shapes
 from megad2v.engine.setup import TrainingEngine, check_deepspeed
 from megad2v.errors import UserError
 from megad2v.metrics.flops import flops_per_sample, peak_flops
 from megad2v.metrics.logger import MetricsLogger, drop_later_lines
-from megad2v.metrics.report import start_up_report
+from megad2v.metrics.report import memory_estimate, start_up_report
 from megad2v.metrics.throughput import Throughput
 from megad2v.modalities.build import build_student, build_teacher, positions
 from megad2v.parallel.layers import layers_for
@@ -80,6 +80,14 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> 
             stage=engine.state.stage,
             student=sum(shape.numel() for shape in shapes(engine.student).values()),
             teacher=sum(shape.numel() for shape in shapes(engine.teacher_module).values()),
+            memory=memory_estimate(
+                own_numel(engine.student),
+                own_numel(engine.teacher_module),
+                stage=engine.state.stage,
+                ranks=world.data.size,
+                low_precision=precision == "bf16",
+                resident=config.teacher.resident,
+            ),
             recipe=recipe,
             run=directory,
             peak=peak_source,

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from megad2v.config.schema import Config
+from megad2v.config.schema import Config, ParallelConfig
 from megad2v.modalities.batch import Batch
+from megad2v.parallel.topology import Topology
 
 POISONED_RANK = 1
 SPIKE = 1e4
@@ -51,7 +52,7 @@ def _equal(first: Snapshot, second: Snapshot) -> dict[str, bool]:
 class _Trainer:
     """One engine from the same initial weights, fed step by step through the trainer's own `take_step`."""
 
-    def __init__(self, config: Config, layout: str, precision: str, world: Any) -> None:
+    def __init__(self, config: Config, layout: str, precision: str, tensor: int, world: Any) -> None:
         from megad2v.config.deepspeed_json import fill_deepspeed, read_deepspeed_json
         from megad2v.config.schema import VerdictConfig
         from megad2v.teacher.ema import ShardedTeacher
@@ -59,6 +60,9 @@ class _Trainer:
         from megad2v.training.verdict import Verdict
         from tests.distributed.harness import REPOSITORY
 
+        if tensor > 1:
+            world = replace(world, topology=Topology(tensor, "cpu"))
+            config = replace(config, parallel=ParallelConfig(tensor=tensor))
         ds = read_deepspeed_json(REPOSITORY / "ds_configs" / f"{layout}.json")
         filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.data.size)
         self.config, self.world = config, world
@@ -77,7 +81,8 @@ class _Trainer:
         factors = iter([SPIKE])
         if world.rank == POISONED_RANK and spoil == "nan":
             batches[0] = _poisoned(batches[0])
-        if world.rank == POISONED_RANK and spoil == "spike":
+        # Tensor-parallel ranks compute the same loss: a spike is on all of a group, or it is no sum of anything.
+        if (world.rank == POISONED_RANK or world.tensor.size > 1) and spoil == "spike":
             self.engine.forward = lambda *inputs: _times(next(factors, 1.0), forward(*inputs))
         try:
             return take_step(
@@ -122,9 +127,9 @@ def _times(factor: float, forward: tuple[torch.Tensor, ...]) -> tuple[torch.Tens
 
 
 def skip(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Under each (layout, precision) of `cases`, one after the other: good, NaN, good, spike, good; and beside it a run
-    that never met the two spoilt steps. Returns, by case, which steps were taken, why not, what was equal, and what a
-    good step sent more, and less, than DeepSpeed's own."""
+    """Under each (layout, precision, tensor-parallel size) of `cases`, one after the other: good, NaN, good, spike, good;
+    and beside it a run that never met the two spoilt steps. Returns, by case, which steps were taken, why not, what was
+    equal, and what a good step sent more, and less, than DeepSpeed's own."""
     from megad2v.engine import distributed
     from tests.distributed.jobs_layout import CountCollectives
     from tests.distributed.layouts import tiny_config
@@ -132,8 +137,8 @@ def skip(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     world = distributed.start()
     torch.set_num_threads(1)
     seen: dict[str, Any] = {}
-    for layout, precision in arguments["cases"]:
-        trainer, spared = (_Trainer(tiny_config(), layout, precision, world) for _ in range(2))
+    for layout, precision, tensor in arguments["cases"]:
+        trainer, spared = (_Trainer(tiny_config(), layout, precision, tensor, world) for _ in range(2))
         taken, judgements, spoilt, moved = [trainer.first_step()], [], {}, {}
         for step, kind in ((1, "nan"), (3, "spike")):
             before = trainer.snapshot()
@@ -151,7 +156,7 @@ def skip(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
         with CountCollectives() as unasked:
             spared.step(5)
         ours, theirs = Counter(asked.calls), Counter(unasked.calls)
-        seen[f"{layout} {precision}"] = {
+        seen[f"{layout} {precision} tp{tensor}"] = {
             "taken": taken,
             "judgements": judgements,
             "over the spoilt step": spoilt,

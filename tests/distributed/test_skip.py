@@ -12,10 +12,11 @@ from tests.distributed.harness import run_ranks
 # bf16 at stage 1 is another optimizer class inside DeepSpeed, at stage 2 it has a check of its own; offload keeps
 # gradients where the others do not.
 CASES = [
-    *(("zero1", "fp32"), ("zero2", "fp32"), ("zero3", "fp32"), ("zero3_offload", "fp32")),
-    *(("zero1", "bf16"), ("zero2", "bf16")),
+    *[(layout, "fp32", 1) for layout in ("zero1", "zero2", "zero3", "zero3_offload")],
+    *[(layout, "bf16", 1) for layout in ("zero1", "zero2")],
+    *[("zero1", "fp32", 2), ("zero3", "fp32", 2), ("zero1", "bf16", 2)],
 ]
-NAMES = [" ".join(case) for case in CASES]
+NAMES = [f"{layout} {precision} tp{tensor}" for layout, precision, tensor in CASES]
 KINDS = {
     *("student", "exp_avg", "exp_avg_sq", "teacher", "adam_step", "student's forward", "teacher's forward", "history"),
 }
@@ -59,5 +60,5 @@ def test_a_good_step_costs_one_small_all_reduce(case: str, runs: list[dict[str, 
     """Against the same step with DeepSpeed deciding alone. bf16 under ZeRO-2 saves a check of its own."""
     for seen in (run[case] for run in runs):
         assert seen["sent more"] == [["c10d::allreduce_", 16]]
-        assert seen["sent less"] == ([["c10d::allreduce_", 1]] if case == "zero2 bf16" else [])
+        assert seen["sent less"] == ([["c10d::allreduce_", 1]] if case == "zero2 bf16 tp1" else [])
         assert seen["sent"] > 2  # and something was counted
