@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -62,6 +64,16 @@ def _construct(
     # Whole blocks are fetched at once: a trace that changes between steps would never prefetch otherwise.
     deepspeed.utils.set_z3_leaf_modules(module, [Block])
     return module
+
+
+def check_compiler() -> None:
+    """Raise UserError where torch.compile would find no compiler, minutes later and in many lines."""
+    candidates = (os.environ.get("CXX"), "g++", "clang++")
+    if not any(shutil.which(name) for name in candidates if name):
+        raise UserError(
+            "train.compile: needs a C++ compiler, and neither g++ nor clang++ (nor $CXX) is in PATH; install one, or "
+            "leave train.compile false"
+        )
 
 
 def compile_each_block(module: nn.Module) -> None:

@@ -18,7 +18,7 @@ from megad2v.config.schema import Config
 from megad2v.data.loader import TrainingLoader, validation_batches
 from megad2v.engine.distributed import World, broadcast_text, on_gpu, together
 from megad2v.engine.fragments import own_numel, shapes
-from megad2v.engine.setup import TrainingEngine, check_deepspeed
+from megad2v.engine.setup import TrainingEngine, check_compiler, check_deepspeed
 from megad2v.errors import UserError
 from megad2v.metrics.flops import flops_per_sample, peak_flops
 from megad2v.metrics.logger import MetricsLogger, drop_later_lines
@@ -41,6 +41,8 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> 
     filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.data.size)
     directory = Path(config.train.output_dir)
     _on_all(lambda: check_deepspeed(filled, world.topology))
+    if config.train.compile:
+        _on_all(check_compiler)
     resumed = _find_resume(config, directory, world)
     source = _find_init(config, world) if resumed is None else None
     start = resumed.index.step if resumed else 0

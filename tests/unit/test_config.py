@@ -287,6 +287,10 @@ RULES: list[tuple[Config, str]] = [
     (broken(parallel={"tensor": 2}), "parallel.tensor: 2 ranks cannot share model.heads = 3 equally"),
     (broken(parallel={"tensor": 3}, model={"mlp_ratio": 0.48}), "parallel.tensor: 3 ranks cannot share model.mlp"),
     (broken(parallel={"sequence": True}), "parallel.sequence: splits over tensor-parallel ranks"),
+    (
+        broken(parallel={"tensor": 3}, model={"attention_dropout": 0.1}, train={"compile": True}),
+        "train.compile: under tensor parallelism model.attention_dropout draws numbers of each rank's own",
+    ),
     (broken(train={"steps": 0}), "train.steps: expected at least 1, got 0"),
     (broken(train={"micro_batches_per_step": 0}), "train.micro_batches_per_step: expected at least 1, got 0"),
     (broken(train={"keep_last": -1}), "train.keep_last: expected at least 0, got -1"),
