@@ -127,7 +127,7 @@ def _times(factor: float, forward: tuple[torch.Tensor, ...]) -> tuple[torch.Tens
 
 
 def skip(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Under each (layout, precision, tensor-parallel size) of `cases`: good, NaN, good, spike, good; and beside it a run
+    """Under each (layout, precision, tensor size) of `cases`: good, NaN, good, spike, good; and beside it a run
     that never met the two spoilt steps. Returns, by case, which steps were taken, why not, what was equal, and what a
     good step sent more, and less, than DeepSpeed's own."""
     from megad2v.engine import distributed
