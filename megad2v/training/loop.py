@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megad2v.checkpoint.catalog import prune, step_directory
 from megad2v.config.schema import Config
 from megad2v.data.loader import FiniteBatches, TrainingLoader
 from megad2v.engine.distributed import World, sum_over
+from megad2v.engine.guard import Guard
 from megad2v.engine.setup import TrainingEngine
 from megad2v.errors import UserError
 from megad2v.metrics.logger import MetricsLogger
@@ -21,6 +23,8 @@ from megad2v.metrics.throughput import Throughput
 from megad2v.teacher.ema import ShardedTeacher
 from megad2v.teacher.schedule import decay_at
 from megad2v.training.evaluate import validate
+from megad2v.training.layer_drop import kept_blocks
+from megad2v.training.proposal import propose
 from megad2v.training.records import RunRecords
 from megad2v.training.schedules import learning_rate
 from megad2v.training.state import Progress, save, state_memory
@@ -43,6 +47,7 @@ class Run:
     valid: FiniteBatches | None
     throughput: Throughput
     records: RunRecords
+    guard: Guard
     logger: MetricsLogger | None
     """Only on the main rank."""
     progress: Progress = field(default_factory=Progress)
@@ -61,13 +66,24 @@ class Run:
 
 def train(run: Run) -> None:
     """From `run.progress` to train.steps. Every rank takes the same decisions from the same global counts."""
-    train, progress = run.config.train, run.progress
+    train, model, progress = run.config.train, run.config.model, run.progress
+    watch = run.guard.watch
     steps = iter(run.loader)
     while progress.step < train.steps:
         started = time.perf_counter()
+        watch.at("data", step=progress.step + 1, samples=())
         batches = next(steps)
         waited = time.perf_counter() - started
-        counts = count_step(batches, run.world)
+        blocks = kept_blocks(train.seed, progress.step, depth=model.depth, rate=model.layer_drop)
+        proposal = propose(
+            batches,
+            kind="training",
+            step=progress.step + 1,
+            updates=progress.updates,
+            depth=model.depth,
+            blocks=blocks,
+        )
+        counts = count_step(batches, run.world, partial(run.guard.agree, proposal))
 
         due = _due(progress.step + 1, train.log_every, train.steps)
         statistics = StepStatistics(run.config.model.width, run.world.device) if due else None
@@ -83,7 +99,10 @@ def train(run: Run) -> None:
             learning_rate=rate,
             decay=decay,
             statistics=statistics,
+            blocks=blocks,
+            guard=run.guard,
         )
+        watch.started()
         progress.step += 1
         progress.updates += taken
         progress.skipped += not taken
@@ -92,11 +111,13 @@ def train(run: Run) -> None:
         run.throughput.add(counts.samples, step_seconds=time.perf_counter() - started, data_seconds=waited)
 
         if statistics is not None:
+            watch.at("log")
             _log(run, statistics, counts, {"lr": rate, "ema_decay": decay})
         if run.valid is not None and _due(progress.step, train.eval_every, train.steps):
             _validate(run)
         if _due(progress.step, train.save_every, train.steps):
-            save_checkpoint(run)
+            with watch.patience("checkpoint"):
+                save_checkpoint(run)
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -153,7 +174,10 @@ def _log(run: Run, statistics: StepStatistics, counts: StepCounts, rates: dict[s
 
 
 def _validate(run: Run) -> None:
-    values = validate(run.engine, run.valid, world=run.world, width=run.config.model.width)
+    run.guard.watch.at("validation")
+    values = validate(
+        run.engine, run.valid, world=run.world, width=run.config.model.width, guard=run.guard, step=run.progress.step
+    )
     if run.logger is not None:
         run.logger.write(run.progress.step, {**values, "modality": run.config.modality})
         run.logger.progress(run.progress.step, values)
