@@ -99,7 +99,7 @@ class Guard:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._plans: tuple[Plan, ...] = ()
         self._seen: tuple[Seen, ...] = ()
-        self._done = 0
+        self._step, self._done = 0, 0
         self._expected: list[str] | None = None
         self._next = 0
         self._names = {
@@ -149,7 +149,7 @@ class Guard:
             own = exchanged.tolist()
             if own[0] or own[1]:
                 self._explain(proposal)
-        self._plans, self._seen, self._done = proposal.plans, proposal.seen, 0
+        self._step, self._plans, self._seen, self._done = proposal.step, proposal.plans, proposal.seen, 0
         return own[2:]
 
     def _explain(self, proposal: Proposal) -> None:
@@ -213,9 +213,8 @@ class Guard:
 
     def _refuse(self, what: str) -> None:
         """Raise, before anything is gathered for the wrong module."""
-        place = self.watch.place
         raise Disagreement(
-            f"rank {self.world.rank} {what} (step {place.step}, {self._done} of its {len(self._plans)} forwards done). "
+            f"rank {self.world.rank} {what} (step {self._step}, {self._done} of its {len(self._plans)} forwards done). "
             "All ranks had agreed on the modules; going on would mix weights of different ones under ZeRO-3"
         )
 
