@@ -275,7 +275,9 @@ class Speaker(Watcher):
             self._leave(ended([0], [], {0: self.first}), speak=True)
         if self.watch.failure is not None and not self.told:
             self.told = True
-            self.lines.send({"failed": self.watch.failure[0], "code": self.watch.failure[1]})
+            message, code, _ = self.watch.failure
+            place, age = self.own()
+            self.lines.send({"failed": message, "code": code, "place": place, "age": age})
         if due:
             self.lines.flush()
             if self.lines.idle:

@@ -80,6 +80,7 @@ def skip(arguments: dict[str, Any], output: Path) -> None:
     path = output / f"found_{world.rank}.json"
 
     def step(number: int, blocks: tuple[int, ...] | None) -> None:
+        watch.at("data", step=number)
         batches = [micro_batch(number, world.rank)]
         if arguments["guard"]:
             proposal = propose(batches, kind="training", step=number, updates=number, depth=2)
