@@ -4,8 +4,8 @@ Who talks to whom: a thread of rank 0 listens on a TCP port of its own; a thread
 connection to it. A tick (a tenth of the limit, at most a second) apart, each sends one line that says where its main
 thread stands (some 200 bytes, and the sample ids in hand), and rank 0 one line to each. So every rank hears of rank 0
 and rank 0 of all. Rank 0 judges (engine.hang.judge); the others judge rank 0 alone. Nothing goes through a process
-group or its store: those hang with the run, and a client of torch's TCPStore waits without limit for a server that is
-stopped.
+group or its store: those hang with the run (a client of torch's TCPStore waits far beyond its time limit for a server
+that is stopped).
 
 What counts as progress: each call of `at`. That is each phase of a step, each module of a forward, each block of a
 backward, each micro-batch of a validation. Start-up, the first step and checkpoints are one long phase each, and have
