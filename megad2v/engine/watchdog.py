@@ -41,6 +41,7 @@ class Watchdog:
         self.place = Place()
         self.failure: tuple[str, int, str | None] | None = None
         self.closing = False
+        self.alone = False
         self._patient = True
         self._thread: threading.Thread | None = None
         self.ear, self._mouth = -1, -1
@@ -78,8 +79,8 @@ class Watchdog:
 
     def fail(self, message: str, code: int = 1, details: str | None = None) -> None:
         """This rank gives up: every rank leaves, with its `message` and `code`, instead of waiting for it in a
-        collective; `details` (a traceback) is printed here. Returns only where nobody watches."""
-        if self.active:
+        collective; `details` (a traceback) is printed here. Returns only where nobody watches or nobody else is."""
+        if self.active and not self.alone:
             self.failure = (message, code, details)
             self._wake()
             self._thread.join(SETTLE_S + DUMP_S + 2 * LEAVE_S)
@@ -90,6 +91,8 @@ class Watchdog:
             self.closing = True
             self._wake()
             self._thread.join(LINGER_S + LEAVE_S)
+        if self._thread is not None and not self._thread.is_alive():
+            os.close(self.ear), os.close(self._mouth)
         self._thread = None
 
     def _wake(self) -> None:
@@ -122,6 +125,7 @@ def start_watchdog(world: World, folder: Path, limit: float) -> Watchdog:
     if world.is_main:
         with contextlib.suppress(OSError):  # not worth ending a run for
             set_aside(folder)
+    watch.alone = world.size == 1
     server, token = None, secrets.token_hex(16)
     if world.size > 1:
         connected: list[Lines] = []

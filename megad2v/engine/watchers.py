@@ -96,10 +96,11 @@ class Watcher:
         details = failure[2] if failure is not None and self.rank in verdict.culprits else None
         if details:
             say(details.rstrip(), prefix="")
-        said = f"{verdict.message}; every rank leaves, see {self.folder}" if speak else f"rank {self.rank}: see {path}"
-        say(said)
-        if verdict.code == UserError.exit_code:
-            return  # the line says it all
+        if verdict.code == UserError.exit_code:  # wrong input: the line says it all
+            if speak:
+                say(f"{verdict.message}; every rank leaves")
+            return
+        say(f"{verdict.message}; every rank leaves, see {self.folder}" if speak else f"rank {self.rank}: see {path}")
         problems: list[str | None] = []
         writing = threading.Thread(
             target=lambda: problems.append(

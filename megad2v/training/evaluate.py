@@ -44,6 +44,8 @@ def validate(
         hits[0] += retrieval_hits(prediction_nd, target_nd)
         hits[1] += int(len(prediction_nd) > 0)
         hits[2] += len(prediction_nd)
+        if guard is not None:
+            guard.watch.at("validation", samples=())
     engine.deepspeed.train()
     sum_over(world.data, statistics.sums)
     found, chance, rows = sum_over(world.data, hits).tolist()

@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pretrain: error: rank {rank}: {error}", file=sys.stderr, flush=True)
         watch.fail(str(error))
         distributed.leave_now(1)
+    except KeyboardInterrupt:
+        watch.fail("interrupted", 130)
+        raise
     except Exception as error:
         # On one rank or on all: they must not wait in the next collective for this one.
         told = None if isinstance(error, Disagreement) else traceback.format_exc()

@@ -22,7 +22,8 @@ def shape_class(batch: Batch) -> str:
 def seen(batch: Batch) -> Seen:
     """What the ranks of a tensor-parallel group must share of a micro-batch: all of it."""
     padded = batch.padding_bt is not None
-    rest = (tuple(batch.inputs.shape), tuple(batch.mask_bmt.shape), padded, batch.fingerprints, batch.dropped)
+    dropped = tuple(sample for sample, _ in batch.dropped)  # reasons may hold addresses of objects
+    rest = (tuple(batch.inputs.shape), tuple(batch.mask_bmt.shape), padded, batch.fingerprints, dropped)
     return Seen(batch.sample_ids, hashlib.sha256(repr(rest).encode()).hexdigest())
 
 

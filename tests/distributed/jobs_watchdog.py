@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megad2v.errors import UserError
+
 BAD_STEP = 3
 """Step (from 0) in which it happens: all ranks have left the first, patient one behind."""
 
@@ -63,6 +65,12 @@ def _fail() -> None:
     raise ValueError("something nobody thought of")
 
 
+def _refuse() -> None:
+    error = UserError("a shard that only this rank reads is gone")
+    error.on_one_rank = True
+    raise error
+
+
 def _wait_for_a_thread() -> None:
     """Alive, waiting in a lock: what its stack has to show."""
     held = threading.Lock()
@@ -80,5 +88,6 @@ MISCHIEF: dict[str, Callable[[], None]] = {
     "sleep": _sleep,
     "die": _die,
     "fail": _fail,
+    "refuse": _refuse,
     "lock": _wait_for_a_thread,
 }

@@ -74,24 +74,25 @@ def _check_dump(path: Path, verdict: str) -> None:
 
 CASES = [
     # what, by which rank, of how many ranks, the line that says so
-    ("stop", 0, 2, r"rank 0 gave no sign of life for 4\.\d s .* was last seen at step [34], "),
+    ("stop", 0, 2, r"rank 0 gave no sign of life for 4\.\d s .* was last seen at step [1-4], "),
     ("lock", 1, 2, r"no rank has moved for 4 s; rank 1 did not arrive: .*last seen at step 4, exchange; .* forward, "),
+    ("lock", 0, 1, r"no progress for 4 s: rank 0 is at step 4, exchange"),
     ("die", 1, 2, r"rank 1 ended without a word \(killed\?\): rank 1 \(host \S+, process \d+\) was last seen at step"),
     ("fail", 1, 2, r"rank 1 failed \(at step [34], \w+.*\): ValueError: something nobody thought of"),
 ]
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize(("what", "culprit", "ranks", "line"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("what", "culprit", "ranks", "line"), CASES, ids=[f"{case[0]}_of_{case[2]}" for case in CASES])
 def test_all_leave_and_name_the_culprit(
     what: str, culprit: int, ranks: int, line: str, shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     arguments = {"flags": _flags(shards, run, 6), "mischief": what, "rank": culprit}
-    with pytest.raises(AssertionError, match="failed on 2 ranks"):
+    with pytest.raises(AssertionError, match=f"failed on {ranks} ranks"):
         run_ranks("tests.distributed.jobs_watchdog:run_main", ranks, arguments, timeout=100, output=tmp_path)
     logs = _logs(tmp_path)
-    speaker = 0 if culprit != 0 else 1
+    speaker = 1 if culprit == 0 and ranks > 1 else 0
     verdict = re.search(f"watchdog: ({line}.*?); every rank leaves, see {re.escape(str(run / 'hang'))}", logs[speaker])
     assert verdict, logs[speaker]
     done = float((tmp_path / "mischief").read_text())
@@ -104,9 +105,25 @@ def test_all_leave_and_name_the_culprit(
         assert limit - 1 < path.stat().st_mtime - done < limit + REACTION_S
     assert "Traceback" not in logs[speaker]
     if what == "lock":
-        assert "in _never_released" in (run / "hang" / "rank1.txt").read_text()
+        assert "in _never_released" in (run / "hang" / f"rank{culprit}.txt").read_text()
     if what == "fail":
         assert "ValueError: something nobody thought of" in logs[culprit] and "in _fail" in logs[culprit]
+
+
+@pytest.mark.timeout(150)
+def test_wrong_input_on_one_rank_is_one_line_and_no_files(shards: Path, tmp_path: Path) -> None:
+    """All ranks end with its exit code, and at once."""
+    run = tmp_path / "run"
+    arguments = {"flags": _flags(shards, run, 6), "mischief": "refuse", "rank": 1}
+    with pytest.raises(AssertionError) as failed:
+        run_ranks("tests.distributed.jobs_watchdog:run_main", 2, arguments, timeout=100, output=tmp_path)
+    assert "rank 0: exited 2" in str(failed.value) and "rank 1: exited 2" in str(failed.value)
+    logs = _logs(tmp_path)
+    assert (
+        "pretrain: error: a shard that only this rank reads is gone\n" in logs[1] and "pretrain: error" not in logs[0]
+    )
+    assert re.search(r"watchdog: rank 1 failed \(at step 4.*\): a shard .* is gone; every rank leaves\n", logs[0])
+    assert not (run / "hang").exists() and "Traceback" not in logs[0] + logs[1]
 
 
 @pytest.mark.timeout(150)
