@@ -76,20 +76,15 @@ def main() -> None:
     distributed.stop()
 
 
-def measure(arguments: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """The numbers, on rank 0. Collective."""
+def _prepare(arguments: argparse.Namespace, world: Any) -> tuple[Any, Any, list[Any], str]:
+    """Engine, teacher, this rank's micro-batches, precision. Collective."""
     import torch
 
     from megad2v.config.deepspeed_json import fill_deepspeed, read_deepspeed_json
     from megad2v.config.load import load_config
-    from megad2v.engine.fragments import shapes
-    from megad2v.engine.guard import Guard
-    from megad2v.engine.watchdog import start_watchdog
     from megad2v.modalities.batch import Batch
     from megad2v.teacher.ema import ShardedTeacher
-    from megad2v.training.proposal import propose
     from megad2v.training.setup import build_engine, resolve_precision
-    from megad2v.training.step import count_step, take_step
 
     config = load_config(
         "vision_tiny",
@@ -103,10 +98,21 @@ def measure(arguments: argparse.Namespace, world: Any) -> dict[str, Any]:
     ds = read_deepspeed_json(arguments.deepspeed_json)
     ds = fill_deepspeed(ds, config, precision=precision, data_parallel=world.size)
     engine = build_engine(config, ds, world)
-    teacher = ShardedTeacher(engine)
     images = torch.randint(0, 256, (arguments.samples, 3, 64, 64), dtype=torch.uint8)
     mask = torch.rand(arguments.samples, 1, 64) < 0.6
-    batches = [Batch("vision", images, mask, sample_ids=tuple(f"sample-{n:06d}" for n in range(arguments.samples)))]
+    names = tuple(f"sample-{number:06d}" for number in range(arguments.samples))
+    return engine, ShardedTeacher(engine), [Batch("vision", images, mask, sample_ids=names)], precision
+
+
+def measure(arguments: argparse.Namespace, world: Any) -> dict[str, Any]:
+    """The numbers, on rank 0. Collective."""
+    from megad2v.engine.fragments import shapes
+    from megad2v.engine.guard import Guard
+    from megad2v.engine.watchdog import start_watchdog
+    from megad2v.training.proposal import propose
+    from megad2v.training.step import count_step, take_step
+
+    engine, teacher, batches, precision = _prepare(arguments, world)
 
     def step(number: int, guard: Any) -> None:
         agree = None
