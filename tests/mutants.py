@@ -41,6 +41,7 @@ class Mutant:
 OBJECTIVE, DATA2VEC, MODELS = (f"tests/unit/test_{name}.py" for name in ("objective", "data2vec", "models"))
 LAYOUT = "tests/distributed/test_layouts.py::test_same_step_as_plain_torch"
 ORACLE = "tests/distributed/test_layouts.py::test_teacher_equals_float64_oracle"
+GUARD = "tests/distributed/test_guard.py"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
@@ -241,6 +242,42 @@ MUTANTS = (
         "save_checkpoint(run, delete_older=False)",
         "save_checkpoint(run)",
         "tests/cli/test_stability.py::test_a_run_that_collapses_stops",
+    ),
+    # --- guard and watchdog
+    Mutant(
+        "modules checked only after their weights were gathered",
+        "megad2v/engine/guard.py",
+        "partial(self._about_to_run, name), prepend=True)",
+        "partial(self._about_to_run, name), prepend=False)",
+        f"{GUARD}::test_a_rank_that_skips_a_block_stops_before_it_gathers[0]",
+    ),
+    Mutant(
+        "plans of the ranks not compared",
+        "megad2v/engine/guard.py",
+        "            if own[0] or own[1]:\n",
+        "            if own[1]:\n",
+        f"{GUARD}::test_every_rank_raises_the_same_words[skips]",
+    ),
+    Mutant(
+        "samples of tensor-parallel ranks not compared",
+        "megad2v/engine/guard.py",
+        "            if own[0] or own[1]:\n",
+        "            if own[0]:\n",
+        f"{GUARD}::test_every_rank_raises_the_same_words[other samples]",
+    ),
+    Mutant(
+        "a rank stopped where the others wait goes unnamed",
+        "megad2v/engine/hang.py",
+        "    return silent(reports, now, MISSED_BEATS * tick) or _hanging(",
+        "    return _hanging(",
+        "tests/unit/test_hang.py::test_a_rank_stopped_where_the_others_wait",
+    ),
+    Mutant(
+        "layer drop draws the same blocks in every step",
+        "megad2v/training/layer_drop.py",
+        "layer_drop/{seed}/{step}/{block}",
+        "layer_drop/{seed}/{block}",
+        "tests/unit/test_guard.py::test_layer_drop_is_a_pure_draw",
     ),
     # --- resuming
     Mutant(

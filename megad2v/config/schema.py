@@ -44,6 +44,10 @@ class ModelConfig:
     """Dropout on attention probabilities."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; earlier blocks ramp up to it linearly. Drawn per sample."""
+    layer_drop: float = 0.0
+    """Probability that a block of the student is passed over in an update (fairseq's encoder_layerdrop; speech 0.05).
+    Drawn per block and update from (train.seed, step), the same for all micro-batches: fairseq draws per forward and
+    rank, which could be equal neither across ranks nor across layouts. Teacher and validation run all blocks."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,10 @@ class TrainConfig:
     """Write tensorboard/ in the run directory (where the tensorboard package is installed)."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
+    hang_timeout: float = 600.0
+    """Seconds without a sign of life from one rank, or without progress of the whole run, after which every rank writes
+    where it stands to hang/ in the run directory and exits with code 1. Start-up, the first step and checkpoints may
+    take three times as long, and at least 10 minutes. 0 switches the watchdog off."""
 
 
 @dataclass(frozen=True)

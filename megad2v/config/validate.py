@@ -43,7 +43,7 @@ def _model(config: Config) -> list[str]:
     for key in ("mlp_ratio", "norm_eps"):
         if getattr(model, key) <= 0:
             problems.append(f"model.{key}: expected more than 0, got {getattr(model, key)}")
-    for key in ("dropout", "attention_dropout", "drop_path"):
+    for key in ("dropout", "attention_dropout", "drop_path", "layer_drop"):
         if not 0 <= getattr(model, key) < 1:
             problems.append(f"model.{key}: expected a probability in [0, 1), got {getattr(model, key)}")
     if vision.patch_size < 1 or vision.image_size < 1 or vision.image_size % vision.patch_size:
@@ -157,6 +157,7 @@ def _run(config: Config) -> list[str]:
         ("save_every", 0),
         ("eval_every", 0),
         ("keep_last", 0),
+        ("hang_timeout", 0),
     ):
         if getattr(train, key) < least:
             problems.append(f"train.{key}: expected at least {least}, got {getattr(train, key)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -176,9 +176,11 @@ class TrainingEngine:
         """The student's module (call the engine, not it, to run a training forward)."""
         return self.deepspeed.module
 
-    def forward(self, inputs: Tensor, mask_bmt: Tensor, padding_bt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, inputs: Tensor, mask_bmt: Tensor, padding_bt: Tensor | None, run: Collection[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One micro-batch through student and teacher; see `Student.forward`. Collective under ZeRO-3."""
-        return self.deepspeed(inputs, mask_bmt, self.teacher, padding_bt)
+        return self.deepspeed(inputs, mask_bmt, self.teacher, padding_bt, run)
 
     def backward(self, loss_sum: Tensor, count: int) -> None:
         """Accumulate the gradient of loss_sum / count, where count is the step's GLOBAL number of masked positions.

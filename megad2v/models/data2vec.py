@@ -8,7 +8,7 @@ The student never sees the teacher's parameters: it gets a callable. Engines wra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +71,18 @@ class Student(nn.Module):
         self.prefix_tokens: int = front_end.prefix_tokens
 
     def forward(
-        self, inputs: Tensor, mask_bmt: Tensor, targets: Targets, padding_bt: Tensor | None = None
+        self,
+        inputs: Tensor,
+        mask_bmt: Tensor,
+        targets: Targets,
+        padding_bt: Tensor | None = None,
+        run: Collection[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One micro-batch.
 
         `inputs` raw, as the front end takes them; `mask_bmt` bool (B, M, T), True where hidden; `targets` the
-        teacher; `padding_bt` bool (B, T).
+        teacher; `padding_bt` bool (B, T); `run` the encoder's blocks that layer drop left in, None for all (the teacher
+        always runs all of its own).
         Returns the loss summed over the n masked positions (scalar), and predictions and targets there, each
         (n, D), detached, for statistics. n may be 0: the loss is then 0 and so is every gradient.
         """
@@ -85,7 +91,7 @@ class Student(nn.Module):
         mask_bt = mask_bmt[:, 0]
         masked_btd, clean_btd = self.front_end(inputs, mask_bt)
         target_btd = targets(inputs, clean_btd.detach(), self._with_prefix(padding_bt))
-        encoded_btd, _ = self.encoder(masked_btd, self._with_prefix(padding_bt))
+        encoded_btd, _ = self.encoder(masked_btd, self._with_prefix(padding_bt), run=run)
         prediction_nd = self.head(encoded_btd[:, self.prefix_tokens :][mask_bt])
         target_nd = target_btd[mask_bt]
         if self.spec.shuffle and self.training:  # what was learned is still validated against the true targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -84,10 +85,17 @@ class Encoder(nn.Module):
         return hidden if bias is None else bias + hidden
 
     def forward(
-        self, x_btd: Tensor, padding_bt: Tensor | None = None, *, last: int = 0, tensor: str = "block"
+        self,
+        x_btd: Tensor,
+        padding_bt: Tensor | None = None,
+        *,
+        last: int = 0,
+        tensor: str = "block",
+        run: Collection[int] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Encode. Returns the normalised output (B, T, D) and the `tensor` ("block" output or "ffn" branch) of the
-        `last` blocks, bottom up, each (B, T, D). `padding_bt` is True where a position is padding.
+        `last` blocks, bottom up, each (B, T, D). `padding_bt` is True where a position is padding. `run` are the blocks
+        (from 0) that layer drop left in, None for all: another one is passed over as a whole, and yields no tensor.
         """
         length = x_btd.shape[1]
         extra = -length % self.layers.sequence_multiple
@@ -97,6 +105,8 @@ class Encoder(nn.Module):
             x_btd = self.norm(x_btd)
         kept: list[Tensor] = []
         for position, block in enumerate(self.blocks, start=1):
+            if run is not None and position - 1 not in run:
+                continue
             x_btd, branch = block(x_btd, bias)
             if position > len(self.blocks) - last:
                 kept.append(x_btd if tensor == "block" else branch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.schema import Config
 from megad2v.data.loader import FiniteBatches, TrainingLoader
 from megad2v.engine.distributed import World, sum_over
+from megad2v.engine.guard import Guard
 from megad2v.engine.setup import TrainingEngine
 from megad2v.errors import BadNumericState, UserError
 from megad2v.metrics.logger import MetricsLogger
@@ -24,6 +26,8 @@ from megad2v.modalities.batch import Batch
 from megad2v.teacher.ema import ShardedTeacher
 from megad2v.teacher.schedule import decay_at
 from megad2v.training.evaluate import validate
+from megad2v.training.layer_drop import kept_blocks
+from megad2v.training.proposal import propose
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords, low_since
 from megad2v.training.schedules import learning_rate
 from megad2v.training.state import Progress, save, state_memory
@@ -47,6 +51,7 @@ class Run:
     valid: FiniteBatches | None
     throughput: Throughput
     records: RunRecords
+    guard: Guard
     logger: MetricsLogger | None
     """Only on the main rank."""
     progress: Progress = field(default_factory=Progress)
@@ -65,15 +70,17 @@ class Run:
 
 def train(run: Run) -> None:
     """From `run.progress` to train.steps. Every rank takes the same decisions from the same global counts."""
-    train, progress = run.config.train, run.progress
+    train, model, progress = run.config.train, run.config.model, run.progress
+    watch = run.guard.watch
     steps = iter(run.loader)
     verdict = Verdict(run.config.verdict, losses=progress.taken_losses, norms=progress.taken_norms)
     while progress.step < train.steps:
         started = time.perf_counter()
+        watch.at("data", step=progress.step + 1, samples=())
         batches = next(steps)
         waited = time.perf_counter() - started
-        counts = count_step(batches, run.world)
-
+        blocks = kept_blocks(train.seed, progress.step, depth=model.depth, rate=model.layer_drop)
+        counts = _agree(run, batches, blocks)
         due = _due(progress.step + 1, train.log_every, train.steps)
         statistics = StepStatistics(run.config.model.width, run.world.device) if due else None
         rate, decay = _rates(run.config, progress.updates)
@@ -91,7 +98,10 @@ def train(run: Run) -> None:
             statistics=statistics,
             verdict=verdict,
             losses=losses,
+            blocks=blocks,
+            guard=run.guard,
         )
+        watch.started()
         progress.step += 1
         progress.updates += taken
         progress.skipped += not taken
@@ -101,6 +111,7 @@ def train(run: Run) -> None:
 
         halt = None if taken else _refuse(run, verdict, batches, losses)
         if statistics is not None:
+            watch.at("log")
             read = _log(run, statistics, counts, {"lr": rate, "ema_decay": decay}, verdict)
             if taken and counts.masked > 1 and verdict.watches_std(progress.updates):
                 halt = verdict.collapsed(read, progress.step)
@@ -110,6 +121,19 @@ def train(run: Run) -> None:
             _validate(run)
         if _due(progress.step, train.save_every, train.steps):
             save_checkpoint(run)
+
+
+def _agree(run: Run, batches: Sequence[Batch], blocks: tuple[int, ...] | None) -> StepCounts:
+    """The step's global counts, once all ranks have agreed on what its forwards run."""
+    proposal = propose(
+        batches,
+        kind="training",
+        step=run.progress.step + 1,
+        updates=run.progress.updates,
+        depth=run.config.model.depth,
+        blocks=blocks,
+    )
+    return count_step(batches, run.world, partial(run.guard.agree, proposal))
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -209,7 +233,10 @@ def _log(
 
 
 def _validate(run: Run) -> None:
-    values = validate(run.engine, run.valid, world=run.world, width=run.config.model.width)
+    run.guard.watch.at("validation")
+    values = validate(
+        run.engine, run.valid, world=run.world, width=run.config.model.width, guard=run.guard, step=run.progress.step
+    )
     if run.logger is not None:
         run.logger.write(run.progress.step, {**values, "modality": run.config.modality})
         run.logger.progress(run.progress.step, values)
@@ -218,14 +245,15 @@ def _validate(run: Run) -> None:
 def save_checkpoint(run: Run, *, delete_older: bool = True) -> None:
     """Save, then delete what train.keep_last lets go. Collective."""
     directory = step_directory(run.directory, run.progress.step)
-    save(
-        directory,
-        run.engine,
-        run.teacher,
-        run.progress,
-        run.config,
-        world=run.world,
-        data_fingerprint=run.loader.fingerprint,
-    )
+    with run.guard.watch.patience("checkpoint"):
+        save(
+            directory,
+            run.engine,
+            run.teacher,
+            run.progress,
+            run.config,
+            world=run.world,
+            data_fingerprint=run.loader.fingerprint,
+        )
     if run.world.is_main and delete_older:
         prune(run.directory, run.config.train.keep_last)

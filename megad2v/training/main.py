@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from megad2v.config.schema import Config, TrainConfig
 from megad2v.data.workers import WorkerDied
 from megad2v.engine import distributed
 from megad2v.engine.distributed import World, broadcast_text, together
+from megad2v.engine.guard import Disagreement
+from megad2v.engine.watchdog import Watchdog, start_watchdog
 from megad2v.errors import BadNumericState, UserError
 from megad2v.metrics.report import peak_memory
 from megad2v.training.loop import Run, train
@@ -36,6 +39,7 @@ SPEAKING_SECONDS = 3.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `launch/pretrain.py`; returns the exit code. Wrong input is one line, printed by one rank."""
     rank = int(os.environ.get("RANK", "0"))
+    watch = Watchdog()
     try:
         command = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         if command.print_config:
@@ -46,21 +50,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_unsupported(ds)
         config = with_demo_shards(command.config)
         world = distributed.start(command.local_rank, tensor_parallel=config.parallel.tensor)
+        watch = start_watchdog(world, Path(config.train.output_dir, "hang"), config.train.hang_timeout)
         if command.check:
-            check(config, ds, world, recipe=command.recipe)
+            check(config, ds, world, recipe=command.recipe, watch=watch)
         else:
-            pretrain(config, ds, world, recipe=command.recipe)
+            pretrain(config, ds, world, recipe=command.recipe, watch=watch)
     except (UserError, BadNumericState) as error:
         if rank == 0 or error.on_one_rank:
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
         if error.on_one_rank:
+            watch.fail(str(error), error.exit_code)
             distributed.leave_now(error.exit_code)
         if not distributed.stop() and rank > 0:
             time.sleep(SPEAKING_SECONDS)  # not joined yet: the launcher ends rank 0 once another rank has left
         return error.exit_code
     except WorkerDied as error:
         print(f"pretrain: error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        watch.fail(str(error))
         distributed.leave_now(1)
+    except KeyboardInterrupt:
+        watch.fail("interrupted", 130)
+        raise
+    except Exception as error:
+        # On one rank or on all: they must not wait in the next collective for this one.
+        told = None if isinstance(error, Disagreement) else traceback.format_exc()
+        watch.fail(f"{type(error).__name__}: {error}", details=told)
+        raise
+    finally:
+        watch.close()
     distributed.stop()
     return 0
 
@@ -80,9 +97,9 @@ def with_demo_shards(config: Config) -> Config:
     return replace(config, data=replace(config.data, shards=f"{DEMO_SHARDS}/train", valid=valid))
 
 
-def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> Run:
+def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:
     """Set up, resume, train. Raises UserError alike on every rank."""
-    run = set_up(config, ds, world, recipe=recipe)
+    run = set_up(config, ds, world, recipe=recipe, watch=watch)
     try:
         train(run)
     except RuntimeError as error:  # torch reports a dead worker from a signal handler, anywhere in the step
@@ -97,7 +114,7 @@ def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -
     return run
 
 
-def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> None:
+def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> None:
     """--check: one step, one validation, one save, one load that must give the same bits; peak memory.
 
     Everything is written beside the run directory and removed. A rank that fails alone leaves at once, as in a run.
@@ -123,7 +140,7 @@ def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> N
     schedule = replace(config.schedule, kind="constant", warmup_steps=0)
     config = replace(config, train=one, teacher=teacher, schedule=schedule)
     try:
-        run = pretrain(config, ds, world, recipe=recipe)
+        run = pretrain(config, ds, world, recipe=recipe, watch=watch)
         if run.progress.skipped:
             raise BadNumericState(
                 "--check: the one step was refused, for the reason above; the run would refuse it too"

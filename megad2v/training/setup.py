@@ -18,7 +18,9 @@ from megad2v.config.schema import Config
 from megad2v.data.loader import TrainingLoader, validation_batches
 from megad2v.engine.distributed import World, broadcast_text, on_gpu, together
 from megad2v.engine.fragments import own_numel, shapes
+from megad2v.engine.guard import Guard
 from megad2v.engine.setup import TrainingEngine, check_compiler, check_deepspeed
+from megad2v.engine.watchdog import Watchdog
 from megad2v.errors import UserError
 from megad2v.metrics.flops import flops_per_sample, peak_flops
 from megad2v.metrics.logger import MetricsLogger, drop_later_lines
@@ -34,7 +36,7 @@ from megad2v.training.state import check_resumable, initialise_from, load
 T = TypeVar("T")
 
 
-def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> Run:
+def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:
     """Everything of a run, resumed where train.resume says so. Collective; raises UserError alike on every rank."""
     precision = resolve_precision(config.train.precision)
     _check_ranks(config, world)
@@ -73,6 +75,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str) -> 
             peak_flops=peak * world.size if peak else None,
         ),
         records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),
+        guard=Guard(engine, world, watch or Watchdog(), limit=config.train.hang_timeout),
         logger=logger,
     )
     if world.is_main:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from megad2v.engine.distributed import World, sum_over
 from megad2v.engine.gradients import both_finite
+from megad2v.engine.guard import Guard
 from megad2v.engine.setup import TrainingEngine
+from megad2v.engine.watchdog import Watchdog
 from megad2v.metrics.statistics import StepStatistics
 from megad2v.modalities.batch import Batch
 from megad2v.teacher.ema import ShardedTeacher
@@ -27,12 +30,16 @@ class StepCounts:
     dropped: int
 
 
-def count_step(batches: Sequence[Batch], world: World) -> StepCounts:
-    """The step's masked positions, samples and dropped samples over all data-parallel ranks: one all-reduce of three
-    integers."""
+def count_step(
+    batches: Sequence[Batch], world: World, agree: Callable[[Sequence[int]], list[int]] | None = None
+) -> StepCounts:
+    """The step's masked positions, samples and dropped samples over all data-parallel ranks: three integers, summed by
+    `agree` along with what the guard compares, or without one in an all-reduce on the device."""
     counts = torch.zeros(3, dtype=torch.int64)
     for batch in batches:
         counts += torch.tensor([batch.masked_count(), len(batch.sample_ids), len(batch.dropped)])
+    if agree is not None:
+        return StepCounts(*agree(counts.tolist()))
     return StepCounts(*sum_over(world.data, counts.to(world.device)).tolist())
 
 
@@ -57,24 +64,34 @@ def take_step(
     statistics: StepStatistics | None,
     verdict: Verdict | None = None,
     losses: list[Tensor] | None = None,
+    blocks: Collection[int] | None = None,
+    guard: Guard | None = None,
 ) -> bool:
     """Forward and backward of this rank's micro-batches, verdict, update, EMA. False where the step was refused: then
     neither weights nor moments nor teacher have changed. Collective, the same on every rank.
 
     Without a `verdict` every finite step is taken. `losses` takes in each micro-batch's summed loss, on the device.
+    `blocks` of the student run (None: all); `guard` holds the forwards to what all ranks agreed on.
     """
     losses = [] if losses is None else losses
+    watch = guard.watch if guard is not None else Watchdog()
     for place, batch in enumerate(batches):
         seed_forward(seed, step, world.data.rank + place * world.data.size)
         batch = batch.to(world.device)
-        loss_sum, prediction_nd, target_nd = engine.forward(batch.inputs, batch.mask_bmt, batch.padding_bt)
+        with guard.forward(place) if guard is not None else nullcontext():
+            loss_sum, prediction_nd, target_nd = engine.forward(batch.inputs, batch.mask_bmt, batch.padding_bt, blocks)
+        watch.at("backward")
         engine.backward(loss_sum, counts.masked)
         losses.append(loss_sum.detach())
         if statistics is not None:
             statistics.add(loss_sum, prediction_nd, target_nd)
+    if guard is not None:
+        guard.finish()
+    watch.at("update", samples=())
     loss = torch.stack(losses).double().sum() / max(1, counts.masked)
     taken = engine.step(learning_rate, loss, both_finite if verdict is None else verdict.judge)
     if taken:
+        watch.at("teacher")
         teacher.update(decay)
         teacher.refresh()
     return taken

@@ -142,7 +142,9 @@ def plain_run(config: Config, steps: int) -> dict[str, Any]:
     }
 
 
-def _forward_double(student: Any, images: torch.Tensor, mask: torch.Tensor, teacher: Any) -> torch.Tensor:
+def _forward_double(
+    student: Any, images: torch.Tensor, mask: torch.Tensor, teacher: Any, run: Any = None
+) -> torch.Tensor:
     """The objective in float64 throughout: the model's own forward casts targets and loss to float32."""
     masked, clean = student.front_end(images, mask[:, 0])
     with torch.no_grad():
@@ -151,7 +153,7 @@ def _forward_double(student: Any, images: torch.Tensor, mask: torch.Tensor, teac
         _, layers = teacher.encoder(clean.detach(), last=student.spec.layers, tensor=student.spec.tensor)
         average = sum(layer[:, 1:] for layer in layers) / len(layers)
         targets = torch.nn.functional.layer_norm(average, average.shape[-1:], eps=1e-5)
-    predictions = student.head(student.encoder(masked)[0][:, 1:][mask[:, 0]])
+    predictions = student.head(student.encoder(masked, run=run)[0][:, 1:][mask[:, 0]])
     error = torch.nn.functional.smooth_l1_loss(predictions, targets[mask[:, 0]], beta=2.0, reduction="sum")
     return error / images.new_tensor(predictions.shape[-1]).sqrt()
 
