@@ -22,6 +22,8 @@ from megad2v.config.schema import Config, TrainConfig
 from megad2v.data.workers import WorkerDied
 from megad2v.engine import distributed
 from megad2v.engine.distributed import World, broadcast_text, together
+from megad2v.engine.launcher import find_place
+from megad2v.engine.rendezvous import RendezvousError
 from megad2v.errors import UserError
 from megad2v.metrics.report import peak_memory
 from megad2v.training.loop import Run, train
@@ -30,13 +32,14 @@ from megad2v.training.state import load
 
 DEMO_SHARDS = "runs/demo/shards/image"
 SPEAKING_SECONDS = 3.0
-"""How long the others wait for rank 0 to say what is wrong, where they cannot meet it in a barrier."""
+"""How long a rank stays for the others to say what is wrong, where they cannot meet in a barrier."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `launch/pretrain.py`; returns the exit code. Wrong input is one line, printed by one rank."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = 0  # so that what its launcher says of a process can be refused, too
     try:
+        rank = find_place(os.environ).rank
         command = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         if command.print_config:
             if rank == 0:
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ds = read_deepspeed_json(command.deepspeed)
         refuse_unsupported(ds)
         config = with_demo_shards(command.config)
-        world = distributed.start(command.local_rank)
+        world = distributed.start(command.local_rank, rendezvous_timeout=config.train.rendezvous_timeout)
         if command.check:
             check(config, ds, world, recipe=command.recipe)
         else:
@@ -53,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if rank == 0 or error.on_one_rank:
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, RendezvousError):
+            time.sleep(SPEAKING_SECONDS)  # the launcher ends the others once one has left; rank 0 holds their store
         if error.on_one_rank:
             distributed.leave_now(error.exit_code)
         if not distributed.stop() and rank > 0:
