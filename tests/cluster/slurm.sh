@@ -24,7 +24,6 @@ mkdir -p "$slurm/state" "$slurm/munge" && chmod 711 "$scratch" && chmod 755 "$sl
 head -c 1024 /dev/urandom > "$slurm/munge/key" && chmod 400 "$slurm/munge/key"
 on a /usr/sbin/munged --force --socket="$slurm/munge/socket" --key-file="$slurm/munge/key" \
   --pid-file="$slurm/munge/pid" --log-file="$slurm/munge/log" --seed-file="$slurm/munge/seed"
-cores=$(nproc)
 cat > "$slurm/slurm.conf" << EOF
 ClusterName=test
 SlurmctldHost=node-a(10.77.0.1)
@@ -44,9 +43,10 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
+SlurmdParameters=config_overrides
 SelectTypeParameters=CR_Core
-NodeName=node-a NodeAddr=10.77.0.1 CPUs=$cores
-NodeName=node-b NodeAddr=10.77.0.2 CPUs=$cores
+NodeName=node-a NodeAddr=10.77.0.1 CPUs=4
+NodeName=node-b NodeAddr=10.77.0.2 CPUs=4
 PartitionName=all Nodes=node-a,node-b Default=YES OverSubscribe=YES
 EOF
 export SLURM_CONF=$slurm/slurm.conf

@@ -53,7 +53,7 @@ both torchrun torchrun --nnodes 2 --nproc-per-node 1 --node-rank NODE_RANK --mas
 compare torchrun one_node
 
 flags torchrun_c10d
-both torchrun_c10d torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29502 \
+both torchrun_c10d torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint node-a:29502 \
   --rdzv-id 7 launch/pretrain.py "${words[@]}"
 compare torchrun_c10d one_node
 
@@ -87,5 +87,34 @@ flags deepspeed_ssh_2x2
 run deepspeed_ssh_2x2 on a env DS_ENV_FILE="$scratch/deepspeed_env" \
   deepspeed --hostfile "$scratch/hostfile" launch/pretrain.py "${words[@]}"
 compare deepspeed_ssh_2x2 one_node_4
+
+# What ranks say that do not meet, after train.rendezvous_timeout.
+said() { # name, what the line must hold, command: it must end with code 1, and each line is shown
+  local name=$1 expected=$2 code=0 begin=$SECONDS
+  shift 2
+  "$@" > "$scratch/$name.log" 2>&1 || code=$?
+  grep 'pretrain: error' "$scratch/$name.log" | sed "s/^/  /" || true
+  if [ $code != 1 ] || ! grep -q "pretrain: error: .*$expected" "$scratch/$name.log" || grep -q Traceback "$scratch/$name.log"; then
+    echo "$name: FAILED, exit code $code"; tail -20 "$scratch/$name.log"; failures=$((failures + 1))
+  fi
+  echo "  ($name: exit code $code after $((SECONDS - begin)) s)"
+}
+printf 'node-a slots=2\nnode-b slots=1\n' > "$scratch/hostfile"
+flags alone
+words+=(--train.rendezvous_timeout 5)
+no_ssh=(deepspeed --hostfile "$scratch/hostfile" --no_ssh --master_addr node-a)
+echo
+echo "node-b is never started:"
+said alone_a 'missing: 2' on a "${no_ssh[@]}" --node_rank 0 launch/pretrain.py "${words[@]}"
+echo "node-a is never started:"
+said alone_b 'connection refused' on b "${no_ssh[@]}" --node_rank 1 launch/pretrain.py "${words[@]}"
+echo "no such host:"
+said unknown 'does not resolve' on b deepspeed --hostfile "$scratch/hostfile" --no_ssh --master_addr node-c --node_rank 1 \
+  launch/pretrain.py "${words[@]}"
+echo "the wrong interface, chosen by the user (without GLOO_SOCKET_IFNAME: $(grep -h -o 'gloo: interface .*' "$scratch/deepspeed_no_ssh.log")):"
+printf 'node-a slots=1\nnode-b slots=1\n' > "$scratch/hostfile"
+on b env GLOO_SOCKET_IFNAME=lo "${no_ssh[@]}" --node_rank 1 launch/pretrain.py "${words[@]}" > "$scratch/lo-b.log" 2>&1 &
+said wrong_interface 'GLOO_SOCKET_IFNAME=lo' on a env GLOO_SOCKET_IFNAME=lo "${no_ssh[@]}" --node_rank 0 launch/pretrain.py "${words[@]}"
+wait $! || true
 
 if [ $failures = 0 ]; then echo "all the same"; else echo "$failures FAILED"; exit 1; fi
