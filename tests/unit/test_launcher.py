@@ -1,5 +1,8 @@
-"""From what each launcher leaves in the environment to a process's place. The sets were printed by the real launchers
-(deepspeed 0.19.8, torchrun 2.13, Slurm 22.05, Open MPI 5.0, MPICH 4.3) and shortened; addresses are private ones."""
+"""From what each launcher leaves in the environment to a process's place.
+
+The sets were printed by the launchers (deepspeed 0.19.8, torchrun 2.13, Slurm 22.05, Open MPI 5.0, MPICH 5.0), then
+shortened and put on other hosts; Slurm's interactive and batch steps and PMI-2 follow its documentation.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,8 @@ def test_users_address_and_port_win() -> None:
         pytest.param(ALLOCATION, id="salloc"),
         # salloc whose shell Slurm itself starts as a step (LaunchParameters=use_interactive_step)
         pytest.param(SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, id="interactive"),
-        pytest.param(BATCH_SHELL | {"SLURM_STEP_ID": "4294967291"}, id="batch step"),
+        # submitted from inside a step, whose variables sbatch hands on
+        pytest.param(SRUN | {"SLURM_STEP_ID": "4294967291"}, id="batch step"),
     ],
 )
 def test_a_shell_inside_an_allocation_is_no_task(variables: dict[str, str]) -> None:
