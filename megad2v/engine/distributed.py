@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -93,6 +94,7 @@ def _join(place: Place, backend: str, timeout: float) -> None:
     """Meet, choose gloo's interface, create the process group. Every rank talks to the store at MASTER_ADDR, and gloo
     then connects all pairs, on ports that the kernel picks."""
     import deepspeed
+    from deepspeed.constants import default_pg_timeout
 
     meeting = meet(place, timeout) if place.size > 1 else None
     interface = choose_interface(meeting) if meeting else None
@@ -101,9 +103,17 @@ def _join(place: Place, backend: str, timeout: float) -> None:
         if place.rank == 0:
             print(f"gloo: interface {interface}, the way to the other hosts (GLOO_SOCKET_IFNAME overrides)", flush=True)
     try:
+        # gloo waits for a peer's connection five times the group's limit (10 minutes), so until all pairs are connected
+        # the group has a fifth of ours.
         deepspeed.init_distributed(
-            dist_backend=backend, auto_mpi_discovery=False, verbose=False, dist_init_required=True
+            dist_backend=backend,
+            auto_mpi_discovery=False,
+            verbose=False,
+            dist_init_required=True,
+            timeout=timedelta(seconds=max(1.0, timeout / 5)) if backend == "gloo" else default_pg_timeout,
         )
+        if backend == "gloo":
+            dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
     except RuntimeError as error:
         raise RendezvousError(
             f"rank {place.rank} of {place.size}: all ranks met at {place.host}:{place.port}, but {backend} could not "

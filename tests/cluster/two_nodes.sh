@@ -114,7 +114,9 @@ said unknown 'does not resolve' on b deepspeed --hostfile "$scratch/hostfile" --
 echo "the wrong interface, chosen by the user (without GLOO_SOCKET_IFNAME: $(grep -h -o 'gloo: interface .*' "$scratch/deepspeed_no_ssh.log")):"
 printf 'node-a slots=1\nnode-b slots=1\n' > "$scratch/hostfile"
 on b env GLOO_SOCKET_IFNAME=lo "${no_ssh[@]}" --node_rank 1 launch/pretrain.py "${words[@]}" > "$scratch/lo-b.log" 2>&1 &
-said wrong_interface 'GLOO_SOCKET_IFNAME=lo' on a env GLOO_SOCKET_IFNAME=lo "${no_ssh[@]}" --node_rank 0 launch/pretrain.py "${words[@]}"
+said wrong_interface 'GLOO_SOCKET_IFNAME=lo' \
+  on a env GLOO_SOCKET_IFNAME=lo "${no_ssh[@]}" --node_rank 0 launch/pretrain.py "${words[@]}"
 wait $! || true
+grep 'pretrain: error' "$scratch/lo-b.log" | sed "s/^/  /" || { echo "  node-b: FAILED, it says nothing"; failures=$((failures + 1)); }
 
 if [ $failures = 0 ]; then echo "all the same"; else echo "$failures FAILED"; exit 1; fi

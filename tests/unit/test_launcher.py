@@ -92,7 +92,7 @@ def test_users_address_and_port_win() -> None:
         pytest.param(ALLOCATION, id="salloc"),
         # salloc whose shell Slurm itself starts as a step (LaunchParameters=use_interactive_step)
         pytest.param(SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, id="interactive"),
-        # submitted from inside a step, whose variables sbatch hands on
+        # the number that Slurm gives the step of a batch script
         pytest.param(SRUN | {"SLURM_STEP_ID": "4294967291"}, id="batch step"),
     ],
 )
