@@ -92,6 +92,7 @@ compare sbatch_torchrun one_node
 cat > "$scratch/shell.sbatch" << 'EOF'
 #!/usr/bin/env bash
 env | grep ^SLURM_ | sort
+srun env | grep -E '^SLURM_(STEP|PROCID|LOCALID|NODEID)' | sort
 deepspeed --num_gpus 2 launch/pretrain.py "$@"
 EOF
 flags sbatch_deepspeed
