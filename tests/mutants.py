@@ -287,6 +287,28 @@ MUTANTS = (
         'entry["step"].fill_(0.0)',
         "tests/cli/test_resume.py::test_resumed_after_a_damaged_checkpoint_equals_uninterrupted[zero1]",
     ),
+    # --- launchers and the meeting
+    Mutant(
+        "shell of an allocation taken for a task of srun",
+        "megad2v/engine/launcher.py",
+        "        step.isdigit()\n        and int(step) < 2**31\n        and ",
+        "        ",
+        "tests/unit/test_launcher.py::test_a_shell_inside_an_allocation_is_no_task",
+    ),
+    Mutant(
+        "Slurm's variables win over a launcher inside Slurm",
+        "megad2v/engine/launcher.py",
+        'if "RANK" in variables:',
+        'if "RANK" in variables and "SLURM_STEP_ID" not in variables:',
+        "tests/unit/test_launcher.py::test_launchers_inside_slurm_win_over_slurm",
+    ),
+    Mutant(
+        "each rank goes by its own verdict",
+        "megad2v/engine/rendezvous.py",
+        'return meeting.store.compare_set("verdict", "", MISSING).decode()',
+        "return MET",
+        "tests/distributed/test_rendezvous.py::test_every_waiting_rank_names_the_missing_ones",
+    ),
 )
 
 

@@ -274,6 +274,8 @@ class TrainConfig:
     """auto: from the newest valid checkpoint in output_dir; never: refuse a directory that has one; or a path."""
     init: str | None = None
     """Checkpoint whose student and teacher weights start a new schedule (step 0, fresh optimizer)."""
+    rendezvous_timeout: float = 300.0
+    """Seconds that the ranks wait for each other at the start, before each says which host and port it tried."""
     tensorboard: bool = True
     """Write tensorboard/ in the run directory (where the tensorboard package is installed)."""
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -161,6 +161,8 @@ def _run(config: Config) -> list[str]:
     ):
         if getattr(train, key) < least:
             problems.append(f"train.{key}: expected at least {least}, got {getattr(train, key)}")
+    if train.rendezvous_timeout <= 0:
+        problems.append(f"train.rendezvous_timeout: expected more than 0 seconds, got {train.rendezvous_timeout:g}")
     budgets = [k for k in ("samples", "tokens", "seconds") if getattr(config.data.micro_batch, k) is not None]
     if len(budgets) != 1:
         problems.append(f"data.micro_batch: give exactly one of samples, tokens, seconds; got {budgets or 'none'}")

@@ -6,12 +6,15 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from megad2v.engine.launcher import Place, export_place, find_place
+from megad2v.engine.rendezvous import RendezvousError, choose_interface, meet
 from megad2v.errors import UserError
 from megad2v.parallel.topology import Axis, Topology
 
@@ -48,17 +51,6 @@ def on_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
-def _refuse_lone_ranks() -> None:
-    """Processes of mpirun or srun that nobody told their rank would each be rank 0 of 1, in one run directory."""
-    for variable, launcher in (
-        ("OMPI_COMM_WORLD_SIZE", "mpirun"),
-        ("PMI_SIZE", "mpirun"),
-        ("SLURM_STEP_NUM_TASKS", "srun"),
-    ):
-        if int(os.environ.get(variable, "1")) > 1 and "WORLD_SIZE" not in os.environ:
-            raise UserError(f"{launcher}: starting ranks by it is not supported yet; use deepspeed or torchrun")
-
-
 def prepare_environment() -> None:
     """Before DeepSpeed is imported: choose its accelerator and quiet its compilation probes.
 
@@ -77,36 +69,78 @@ def prepare_environment() -> None:
     deepspeed.utils.logger.setLevel(level)
 
 
-def start(rank_from_launcher: int | None = None, *, tensor_parallel: int = 1) -> World:
+def start(
+    rank_from_launcher: int | None = None, *, tensor_parallel: int = 1, rendezvous_timeout: float = 300.0
+) -> World:
     """Join the process group (NCCL on GPUs, gloo on CPUs). One process without a launcher works too.
 
-    Raises UserError where `tensor_parallel` does not divide the number of ranks.
+    Raises UserError where `tensor_parallel` does not divide the number of ranks, RendezvousError where they do not
+    meet within `rendezvous_timeout` seconds. Collectives after that keep DeepSpeed's own limit (DEEPSPEED_TIMEOUT, 10 minutes).
     """
-    _refuse_lone_ranks()
+    place = find_place(os.environ)
     prepare_environment()
-    import deepspeed
-
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_PORT", "0")
     cuda = on_gpu()
-    local_rank = int(os.environ["LOCAL_RANK"]) if rank_from_launcher is None else rank_from_launcher
+    place = replace(place, local_rank=place.local_rank if rank_from_launcher is None else rank_from_launcher)
     if cuda:
-        torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=True
-    )
-    size = dist.get_world_size()
-    if size % tensor_parallel:
+        place = replace(place, local_rank=_visible_gpu(place.local_rank, torch.cuda.device_count()))
+        torch.cuda.set_device(place.local_rank)
+    place = export_place(place)
+    if place.size % tensor_parallel:
         raise UserError(
-            f"parallel.tensor: {size} ranks cannot form groups of {tensor_parallel}; start a multiple of it"
+            f"parallel.tensor: {place.size} ranks cannot form groups of {tensor_parallel}; start a multiple of it"
         )
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
+    _join(place, "nccl" if cuda else "gloo", rendezvous_timeout)
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return World(dist.get_rank(), size, local_rank, local_size, device, Topology(tensor_parallel, device.type))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, place.local_size)))
+    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    topology = Topology(tensor_parallel, device.type)
+    return World(place.rank, place.size, place.local_rank, place.local_size, device, topology)
+
+
+def _visible_gpu(local_rank: int, visible: int) -> int:
+    """Index of this process's GPU among those it sees: with `srun --gpus-per-task=1` each process sees only its own."""
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(
+            f"process {local_rank + 1} on this host, but {visible} GPUs are visible to it: "
+            "start one process per GPU (slots of the hostfile, --nproc-per-node, --ntasks-per-node)"
+        )
+    return local_rank
+
+
+def _join(place: Place, backend: str, timeout: float) -> None:
+    """Meet, choose gloo's interface, create the process group. Every rank talks to the store at MASTER_ADDR, and gloo
+    then connects all pairs, on ports that the kernel picks."""
+    import deepspeed
+    from deepspeed.constants import default_pg_timeout
+
+    meeting = meet(place, timeout) if place.size > 1 else None
+    interface = choose_interface(meeting) if meeting else None
+    if interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        if place.rank == 0:
+            print(f"gloo: interface {interface}, the way to the other hosts (GLOO_SOCKET_IFNAME overrides)", flush=True)
+    try:
+        # gloo waits for a peer's connection five times the group's limit (10 minutes), so until all pairs are connected
+        # the group has a fifth of ours.
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            auto_mpi_discovery=False,
+            verbose=False,
+            dist_init_required=True,
+            timeout=timedelta(seconds=max(1.0, timeout / 5)) if backend == "gloo" else default_pg_timeout,
+        )
+        if backend == "gloo":
+            dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
+    except RuntimeError as error:
+        raise RendezvousError(
+            f"rank {place.rank} of {place.size}: all ranks met at {place.host}:{place.port}, but {backend} could not "
+            f"connect them ({str(error).strip().splitlines()[0]}); check that hosts reach each other on all ports and "
+            f"which interface is used (GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')}, "
+            f"NCCL_SOCKET_IFNAME={os.environ.get('NCCL_SOCKET_IFNAME', '')})"
+        ) from error
+    del meeting  # the process group has a server of its own by now, on the same socket
 
 
 def barrier() -> None:

@@ -24,6 +24,8 @@ from megad2v.data.workers import WorkerDied
 from megad2v.engine import distributed
 from megad2v.engine.distributed import World, broadcast_text, together
 from megad2v.engine.guard import Disagreement
+from megad2v.engine.launcher import find_place
+from megad2v.engine.rendezvous import RendezvousError
 from megad2v.engine.watchdog import Watchdog, start_watchdog
 from megad2v.errors import BadNumericState, UserError
 from megad2v.metrics.report import peak_memory
@@ -33,14 +35,15 @@ from megad2v.training.state import load
 
 DEMO_SHARDS = "runs/demo/shards/image"
 SPEAKING_SECONDS = 3.0
-"""How long the others wait for rank 0 to say what is wrong, where they cannot meet it in a barrier."""
+"""How long a rank stays for the others to say what is wrong, where they cannot meet in a barrier."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `launch/pretrain.py`; returns the exit code. Wrong input is one line, printed by one rank."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = 0  # so that what its launcher says of a process can be refused, too
     watch = Watchdog()
     try:
+        rank = find_place(os.environ).rank
         command = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         if command.print_config:
             if rank == 0:
@@ -49,7 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ds = read_deepspeed_json(command.deepspeed)
         refuse_unsupported(ds)
         config = with_demo_shards(command.config)
-        world = distributed.start(command.local_rank, tensor_parallel=config.parallel.tensor)
+        world = distributed.start(
+            command.local_rank,
+            tensor_parallel=config.parallel.tensor,
+            rendezvous_timeout=config.train.rendezvous_timeout,
+        )
         watch = start_watchdog(world, Path(config.train.output_dir, "hang"), config.train.hang_timeout)
         if command.check:
             check(config, ds, world, recipe=command.recipe, watch=watch)
@@ -58,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, BadNumericState) as error:
         if rank == 0 or error.on_one_rank:
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, RendezvousError):
+            time.sleep(SPEAKING_SECONDS)  # the launcher ends the others once one has left; rank 0 holds their store
         if error.on_one_rank:
             watch.fail(str(error), error.exit_code)
             distributed.leave_now(error.exit_code)

@@ -296,6 +296,7 @@ RULES: list[tuple[Config, str]] = [
     (broken(train={"steps": 0}), "train.steps: expected at least 1, got 0"),
     (broken(train={"micro_batches_per_step": 0}), "train.micro_batches_per_step: expected at least 1, got 0"),
     (broken(train={"keep_last": -1}), "train.keep_last: expected at least 0, got -1"),
+    (broken(train={"rendezvous_timeout": 0.0}), "train.rendezvous_timeout: expected more than 0 seconds, got 0"),
     (broken(data={"workers": -1}), "data.workers must be at least 0 and data.window at least 1"),
     (broken(data={"window": 0}), "data.workers must be at least 0 and data.window at least 1"),
     (broken(optimizer={"lr": 0.0}), "optimizer.lr and optimizer.eps must be above 0, optimizer.clip at least 0"),

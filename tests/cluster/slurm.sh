@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# The same pretraining through a real Slurm of two nodes (nodes.sh): `sbatch launch/slurm/pretrain.sbatch` and
+# torchrun.sbatch as they are, told only sizes and arguments. The loss has to be that of one node without Slurm.
+#
+#   tests/cluster/slurm.sh        two minutes on two cores; exit code 0: all the same, 77: cannot be run here
+#
+# munged, slurmctld and one slurmd per node run from a folder of this test, on their usual ports inside the nodes.
+# Needs what nodes.sh needs, Debian's slurm-wlm and munge, and the package's environment first in PATH.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. tests/cluster/nodes.sh
+. tests/cluster/pretraining.sh
+
+why=$(lacking /usr/sbin/slurmctld /usr/sbin/slurmd /usr/sbin/munged sbatch srun deepspeed torchrun)
+[ -z "$why" ] || { echo "skipped: $why"; exit 77; }
+scratch=$(mktemp -d)
+trap 'end_nodes; rm -rf "$scratch"' EXIT
+make_nodes "$scratch"
+prepare "$scratch"
+
+# Slurm lets nobody in whom munge's key does not vouch for. One munged serves both nodes: its socket is a file.
+slurm=$scratch/slurm
+mkdir -p "$slurm/state" "$slurm/munge" && chmod 711 "$scratch" && chmod 755 "$slurm" "$slurm/munge"
+head -c 1024 /dev/urandom > "$slurm/munge/key" && chmod 400 "$slurm/munge/key"
+on a /usr/sbin/munged --force --socket="$slurm/munge/socket" --key-file="$slurm/munge/key" \
+  --pid-file="$slurm/munge/pid" --log-file="$slurm/munge/log" --seed-file="$slurm/munge/seed"
+cat > "$slurm/slurm.conf" << EOF
+ClusterName=test
+SlurmctldHost=node-a(10.77.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=$slurm/munge/socket
+StateSaveLocation=$slurm/state
+SlurmdSpoolDir=$slurm/spool-%n
+SlurmctldPidFile=$slurm/slurmctld.pid
+SlurmdPidFile=$slurm/slurmd-%n.pid
+SlurmctldLogFile=$slurm/slurmctld.log
+SlurmdLogFile=$slurm/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SlurmdParameters=config_overrides
+SelectTypeParameters=CR_Core
+NodeName=node-a NodeAddr=10.77.0.1 CPUs=4
+NodeName=node-b NodeAddr=10.77.0.2 CPUs=4
+PartitionName=all Nodes=node-a,node-b Default=YES OverSubscribe=YES
+EOF
+export SLURM_CONF=$slurm/slurm.conf
+on a /usr/sbin/slurmctld
+on a /usr/sbin/slurmd -N node-a
+on b /usr/sbin/slurmd -N node-b
+for _ in $(seq 100); do
+  [ "$(on a sinfo --noheader --format %D --states idle)" = 2 ] && break
+  sleep 0.2
+done
+if [ "$(on a sinfo --noheader --format %D --states idle)" != 2 ]; then
+  echo "Slurm's nodes did not come up:"
+  tail -n 15 "$slurm"/*.log
+  exit 1
+fi
+
+echo "$(sbatch --version), $(on a sinfo --noheader --format '%D nodes %N')"
+header
+flags one_node
+run one_node on a deepspeed --num_gpus 2 launch/pretrain.py "${words[@]}"
+compare one_node one_node
+
+submit() { # name, then words of sbatch, the script, and its arguments
+  local name=$1
+  shift
+  run "$name" on a sbatch --wait --output "$scratch/$name.out" "$@"
+  [ -e "$scratch/$name/checkpoints/latest" ] || { tail -n 40 "$scratch/$name.out" || true; }
+}
+
+flags sbatch_srun
+submit sbatch_srun --nodes 2 --ntasks-per-node 1 launch/slurm/pretrain.sbatch "${words[@]}"
+compare sbatch_srun one_node
+
+flags sbatch_srun_one_node
+submit sbatch_srun_one_node --nodes 1 --ntasks-per-node 2 launch/slurm/pretrain.sbatch "${words[@]}"
+compare sbatch_srun_one_node one_node
+
+flags sbatch_torchrun
+submit sbatch_torchrun --nodes 2 launch/slurm/torchrun.sbatch "${words[@]}"
+compare sbatch_torchrun one_node
+
+# In the shell of a batch job plain python and deepspeed are no tasks of srun.
+cat > "$scratch/shell.sbatch" << 'EOF'
+#!/usr/bin/env bash
+env | grep ^SLURM_ | sort
+srun env | grep -E '^SLURM_(STEP|PROCID|LOCALID|NODEID)' | sort
+deepspeed --num_gpus 2 launch/pretrain.py "$@"
+EOF
+flags sbatch_deepspeed
+submit sbatch_deepspeed --nodes 2 --ntasks-per-node 1 "$scratch/shell.sbatch" "${words[@]}"
+compare sbatch_deepspeed one_node
+
+[ -z "${KEEP:-}" ] || cp "$scratch"/*.out "$scratch"/*.log "$KEEP"
+if [ $failures = 0 ]; then echo "all the same"; else echo "$failures FAILED"; exit 1; fi
