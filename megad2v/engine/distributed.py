@@ -75,7 +75,7 @@ def start(
     """Join the process group (NCCL on GPUs, gloo on CPUs). One process without a launcher works too.
 
     Raises UserError where `tensor_parallel` does not divide the number of ranks, RendezvousError where they do not
-    meet within `rendezvous_timeout` seconds. Collectives after that keep DeepSpeed's own limit (DEEPSPEED_TIMEOUT, 10 minutes).
+    meet within `rendezvous_timeout` seconds. Collectives after that keep DeepSpeed's own limit (DEEPSPEED_TIMEOUT).
     """
     place = find_place(os.environ)
     prepare_environment()
