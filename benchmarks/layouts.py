@@ -126,7 +126,8 @@ def _measure(engine: Any, world: World, arguments: argparse.Namespace) -> dict[s
         seconds.append(time.perf_counter() - begin)
     with Sent() as sent:
         step()
-    with Kept() as kept:
+    kept = Kept()
+    with kept:
         forward()
     return {
         "step_seconds": median(seconds[WARM_UP:]),
