@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 benchmarks/layouts.py [--width 384 --depth 6] [--output FILE]
 
 One row per layout, on rank 0; ratios are against the first (ZeRO-3, data-parallel) in the same run. A step is 4
-micro-batches over all ranks. `sent` is the size of the whole tensor of every collective of one step, by this rank;
+micro-batches over all ranks. `sent` adds up the collectives of one step: the size of the whole tensor, twice for an all-reduce;
 `kept` is what autograd keeps of one forward, parameters left out.
 """
 
@@ -50,7 +50,9 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func._schema.name:
             out = func(*args, **(kwargs or {}))
-            self.bytes += max(_bytes(one) for one in (*args, out))
+            # A ring sends a reduced tensor round twice, a gathered or scattered one once.
+            rounds = 2 if "allreduce" in func._schema.name.replace("_", "") else 1
+            self.bytes += rounds * max(_bytes(one) for one in (*args, out))
             return out
         return func(*args, **(kwargs or {}))
 

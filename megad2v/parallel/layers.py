@@ -5,9 +5,10 @@ sequence parallelism of what lies between them (Korthikanti et al. 2022, arXiv:2
     replicated, or split along the sequence                                                  replicated, or split
 
 A rank's parameters are rows of the full ones, so they start as slices of what one process starts with. Per block and
-micro-batch, forward and backward each send four times an activation of (B, T, D): two all-reduces, or under sequence
-parallelism two all-gathers and two reduce-scatters of as many bytes, and one small all-reduce for each pair of
-replicated parameters. In backward the message travels while the weight's gradient is computed.
+micro-batch, forward and backward each make two all-reduces of an activation (B, T, D). Under sequence parallelism each
+becomes an all-gather and a reduce-scatter, together as many bytes; backward gathers the two inputs once more, and sums
+the gradients of replicated parameters, one small all-reduce for the pair of a norm. In backward the message travels
+while the weight's gradient is computed.
 """
 
 from __future__ import annotations
