@@ -42,6 +42,7 @@ OBJECTIVE, DATA2VEC, MODELS = (f"tests/unit/test_{name}.py" for name in ("object
 LAYOUT = "tests/distributed/test_layouts.py::test_same_step_as_plain_torch"
 ORACLE = "tests/distributed/test_layouts.py::test_teacher_equals_float64_oracle"
 GUARD = "tests/distributed/test_guard.py"
+PARALLEL = "tests/distributed/test_parallel.py"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
@@ -176,7 +177,7 @@ MUTANTS = (
         "megad2v/engine/forward_copy.py",
         "        drop_gathered(self.parameters.values())\n",
         "",
-        f"{ORACLE}[zero3_dp2_persist_None_encoder_60_steps]",
+        f"{ORACLE}[zero3_dp2]",
     ),
     Mutant(
         "stale gradients of unused parameters under ZeRO-3",
@@ -192,13 +193,49 @@ MUTANTS = (
         "                    pass\n",
         f"{UNUSED}[zero3_offload]",
     ),
+    # --- tensor parallelism
+    Mutant(
+        "attention dropout alike on all tensor-parallel ranks",
+        "megad2v/parallel/rng.py",
+        "torch.manual_seed(seed + axis.rank)",
+        "torch.manual_seed(seed)",
+        f"{PARALLEL}::test_dropout[tp2]",
+    ),
+    Mutant(
+        "the replicated stream forgets that others drew",
+        "megad2v/parallel/rng.py",
+        "    with torch.random.fork_rng(devices=devices):",
+        "    with torch.random.fork_rng(devices=devices, enabled=False):",
+        f"{PARALLEL}::test_dropout[tp2]",
+    ),
+    Mutant(
+        "a slice of the vocabulary starts with the first rows",
+        "megad2v/parallel/layers.py",
+        "mark_split(self.weight, vocabulary, self.first)",
+        "mark_split(self.weight, vocabulary, 0)",
+        f"{PARALLEL}::test_vocabulary_is_split_unequally",
+    ),
+    Mutant(
+        "split parameters counted once in the gradient norm",
+        "megad2v/parallel/sharding.py",
+        "    parameter.tensor_model_parallel = True",
+        "    parameter.tensor_model_parallel_ = True",
+        f"{LAYOUT}[zero3_tp2_dp1_sequence]",
+    ),
+    Mutant(
+        "gradients of norms not summed over the sequence",
+        "megad2v/parallel/layers.py",
+        "return (self._share,) if self.sequence else ()",
+        "return ()",
+        f"{LAYOUT}[zero3_tp2_dp1_sequence]",
+    ),
     # --- the verdict
     Mutant(
         "verdict without the spike",
         "megad2v/training/verdict.py",
         "_not_finite(values) or self._spike(values)",
         "_not_finite(values)",
-        f"{SPOILT}[zero3 fp32]",
+        f"{SPOILT}[zero3 fp32 tp1]",
     ),
     Mutant(
         "a refused step becomes usual",
@@ -206,28 +243,28 @@ MUTANTS = (
         "            self.bad_in_a_row += 1\n            return False\n",
         "            self.bad_in_a_row += 1\n"
         "            self._histories['loss'].append(loss)\n            return False\n",
-        f"{SPOILT}[zero1 fp32]",
+        f"{SPOILT}[zero1 fp32 tp1]",
     ),
     Mutant(
         "every rank judges its own loss",
         "megad2v/engine/gradients.py",
         "        dist.all_reduce(agreed)\n",
         "        agreed[1] *= dist.get_world_size()\n",
-        "tests/distributed/test_skip.py::test_all_ranks_judge_the_same_numbers[zero2 fp32]",
+        "tests/distributed/test_skip.py::test_all_ranks_judge_the_same_numbers[zero2 fp32 tp1]",
     ),
     Mutant(
         "teacher averages a refused step",
         "megad2v/training/step.py",
         "    if taken:\n        teacher.update(decay)",
         "    if True:\n        teacher.update(decay)",
-        f"{SPOILT}[zero2 fp32]",
+        f"{SPOILT}[zero2 fp32 tp1]",
     ),
     Mutant(
         "bf16 under ZeRO-1 asks nobody",
         "megad2v/engine/gradients.py",
         "        if not self._is_bf16_optimizer:\n            yield",
         "        if True:\n            yield",
-        f"{SPOILT}[zero1 bf16]",
+        f"{SPOILT}[zero1 bf16 tp1]",
     ),
     Mutant(
         "schedules follow refused steps too",
