@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 benchmarks/layouts.py [--width 384 --depth 6] [--output FILE]
 
 One row per layout, on rank 0; ratios are against the first (ZeRO-3, data-parallel) in the same run. A step is 4
-micro-batches over all ranks. `sent` adds up the collectives of one step: the size of the whole tensor, an all-reduce twice;
-`kept` is what autograd keeps of one forward, parameters left out.
+micro-batches over all ranks. `sent` adds up the collectives of one step: the size of the whole tensor, an
+all-reduce twice; `kept` is what autograd keeps of one forward, parameters left out.
 """
 
 from __future__ import annotations

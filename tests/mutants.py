@@ -255,8 +255,8 @@ MUTANTS = (
     Mutant(
         "teacher averages a refused step",
         "megad2v/training/step.py",
-        "    if taken:\n        teacher.update(decay)",
-        "    if True:\n        teacher.update(decay)",
+        '    if taken:\n        watch.at("teacher")',
+        '    if True:\n        watch.at("teacher")',
         f"{SPOILT}[zero2 fp32 tp1]",
     ),
     Mutant(
