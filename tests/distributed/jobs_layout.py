@@ -31,12 +31,49 @@ class CountCollectives(TorchDispatchMode):
 
 @dataclass
 class Trainer:
-    """An engine on one layout and what belongs to it."""
+    """An engine on one layout and what belongs to it; every layout trains under the guard, as runs do."""
 
     world: Any
     config: Any
     engine: Any
     teacher: Any
+
+    def __post_init__(self) -> None:
+        from megad2v.engine.guard import Guard
+        from megad2v.engine.watchdog import Watchdog
+
+        self.guard = Guard(self.engine, self.world, Watchdog(), limit=60.0)
+
+    def step(self, step: int, statistics: Any = None, blocks: tuple[int, ...] | None = None) -> list[int]:
+        """One step through the trainer's own `take_step`; returns this rank's masked counts. `blocks` of the student
+        run (None: all)."""
+        from megad2v.training.loop import _rates
+        from megad2v.training.proposal import propose
+        from megad2v.training.step import count_step, take_step
+        from tests.distributed.layouts import micro_batch
+
+        world, config = self.world, self.config
+        places = range(world.data.rank, config.train.micro_batches_per_step, world.data.size)
+        batches = [micro_batch(step, m) for m in places]
+        proposal = propose(batches, kind="training", step=step, updates=step, depth=config.model.depth, blocks=blocks)
+        counts = count_step(batches, world, lambda own: self.guard.agree(proposal, own))
+        _, decay = _rates(config, step)
+        taken = take_step(
+            self.engine,
+            self.teacher,
+            batches,
+            counts,
+            world=world,
+            seed=1,
+            step=step,
+            learning_rate=config.optimizer.lr,
+            decay=decay,
+            statistics=statistics,
+            blocks=blocks,
+            guard=self.guard,
+        )
+        assert taken
+        return [batch.masked_count() for batch in batches]
 
 
 def start() -> Any:
@@ -87,32 +124,6 @@ def whole(parameter: torch.nn.Parameter, value: torch.Tensor, axis: Axis | None)
     return parts[0]
 
 
-def _run_step(world: Any, config: Any, engine: Any, teacher: Any, step: int, statistics: Any = None) -> list[int]:
-    """One step through the trainer's own `take_step`; returns this rank's masked counts."""
-    from megad2v.training.loop import _rates
-    from megad2v.training.step import count_step, take_step
-    from tests.distributed.layouts import micro_batch
-
-    places = range(world.data.rank, config.train.micro_batches_per_step, world.data.size)
-    batches = [micro_batch(step, m) for m in places]
-    counts = count_step(batches, world)
-    _, decay = _rates(config, step)
-    taken = take_step(
-        engine,
-        teacher,
-        batches,
-        counts,
-        world=world,
-        seed=1,
-        step=step,
-        learning_rate=config.optimizer.lr,
-        decay=decay,
-        statistics=statistics,
-    )
-    assert taken
-    return [batch.masked_count() for batch in batches]
-
-
 def curves(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     """Train on each of `layouts`, one after the other. By name: losses and norms of all steps, this rank's masked
     counts; step-1 gradients and final weights go to NAME.KIND.safetensors, a checkpoint to NAME/."""
@@ -144,7 +155,7 @@ def _curve(world: Any, layout: Layout, steps: int, output: Path) -> dict[str, An
     losses, norms, counts = [], [], []
     for step in range(steps):
         statistics = StepStatistics(config.model.width, world.device)
-        counts.append(_run_step(world, config, engine, trainer.teacher, step, statistics))
+        counts.append(trainer.step(step, statistics))
         sum_over(world.data, statistics.sums)
         losses.append(statistics.read()["loss"])
         norms.append(engine.gradient_norm())
@@ -197,7 +208,7 @@ def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
     plain = build_teacher(config)
     target_error = 0.0
     for step in range(steps):
-        _run_step(world, config, engine, teacher, step)
+        trainer.step(step)
         _, decay = _rates(config, step)
         now = gathered(engine, engine.student, axis)
         for name in names:

@@ -58,7 +58,7 @@ def _train(layout: str, world: Any, steps: int, output: Path) -> dict[str, list[
     from megad2v.engine.setup import TrainingEngine
     from megad2v.metrics.statistics import StepStatistics
     from megad2v.teacher.ema import ShardedTeacher
-    from tests.distributed.jobs_layout import _run_step, gathered
+    from tests.distributed.jobs_layout import Trainer, gathered
     from tests.distributed.layouts import deepspeed_config, tiny_config
 
     config = tiny_config(steps=steps)
@@ -73,7 +73,7 @@ def _train(layout: str, world: Any, steps: int, output: Path) -> dict[str, list[
         device=world.device,
         topology=world.topology,
     )
-    teacher = ShardedTeacher(engine)
+    trainer = Trainer(world, config, engine, ShardedTeacher(engine))
     seen: dict[str, list[float]] = {"losses": [], "norms": [], "head_gradients": []}
     take = engine.deepspeed._take_model_step
 
@@ -87,7 +87,7 @@ def _train(layout: str, world: Any, steps: int, output: Path) -> dict[str, list[
     for step in range(steps):
         engine.student.head.used = used_in(step)
         statistics = StepStatistics(config.model.width, world.device)
-        _run_step(world, config, engine, teacher, step, statistics)
+        trainer.step(step, statistics)
         sum_over(world.data, statistics.sums)
         seen["losses"].append(statistics.read()["loss"])
         seen["norms"].append(engine.gradient_norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,22 @@ from megad2v.models.initialise import initialise_
 from megad2v.teacher.schedule import decay_at
 from tests.distributed.harness import run_ranks
 from tests.distributed.jobs_layer_drop import config_with_drop, kept_in
-from tests.distributed.layouts import _forward_double, micro_batch
+from tests.distributed.layouts import Layout, _forward_double, micro_batch
 from tests.tolerances import CURVE, FINAL_WEIGHTS
 
 STEPS = 6
-LAYOUTS = ["zero1", "zero2", "zero3", "zero3_offload"]
+LAYOUTS = [
+    *[Layout(zero, 2, persistence=0) for zero in ("zero1", "zero2", "zero3", "zero3_offload", "zero3_offload_param")],
+    *[Layout(zero, 1, 2, sequence=True, persistence=0) for zero in ("zero1", "zero3", "zero3_offload")],
+    Layout("zero3", 2, resident=True, persistence=0),
+]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """All layouts in one launch of two ranks: (what rank 0 saw, by layout; folder of final weights)."""
     output = tmp_path_factory.mktemp("layer_drop")
-    arguments = {"layouts": LAYOUTS, "steps": STEPS}
+    arguments = {"layouts": [asdict(layout) for layout in LAYOUTS], "steps": STEPS}
     results = run_ranks("tests.distributed.jobs_layer_drop:drops", 2, arguments, timeout=200, output=output)
     assert results[0] == results[1]
     return results[0], output
@@ -74,19 +79,19 @@ def test_the_steps_differ() -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_dropped_blocks_have_zero_gradient(layout: str, runs: tuple[dict[str, Any], Path]) -> None:
-    for step, gradients in enumerate(runs[0][layout]["gradients"]):
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_dropped_blocks_have_zero_gradient(layout: Layout, runs: tuple[dict[str, Any], Path]) -> None:
+    for step, gradients in enumerate(runs[0][str(layout)]["gradients"]):
         for block, largest in enumerate(gradients):
             assert (largest > 1e-6) if block in kept_in(step) else (largest == 0.0), f"step {step}, block {block}"
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layer_drop_trains_as_plain_torch_does(
-    layout: str, runs: tuple[dict[str, Any], Path], truth: dict[str, Any]
+    layout: Layout, runs: tuple[dict[str, Any], Path], truth: dict[str, Any]
 ) -> None:
-    seen = runs[0][layout]
+    seen = runs[0][str(layout)]
     assert seen["losses"] == pytest.approx(truth["losses"], rel=CURVE)
     assert seen["norms"] == pytest.approx(truth["norms"], rel=10 * CURVE)
     weights = load_file(runs[1] / f"{layout}.safetensors")
