@@ -60,6 +60,7 @@ INSTALL_REQUIRES = [
     *unless_provided("torch", "torch", "torch>=2.6"),
     "deepspeed>=0.19.8,<0.20",
     "numpy>=1.26",
+    "filelock>=3.12",  # torch needs it too
     "safetensors>=0.4.3",
     "webdataset>=0.2.100",
     # Every run writes `tensorboard/`, and tools/probe.py is part of judging every run: neither should fail with a

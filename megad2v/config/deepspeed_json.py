@@ -71,6 +71,9 @@ def _foreign_sections(ds: dict[str, Any]) -> Iterator[str]:
                 f"{section}.enabled: {what} is not supported (the student would run in another precision than the "
                 'teacher); remove it and use train.precision or bf16.enabled "auto"'
             )
+    for section in ("tensor_parallel", "sequence_parallel_size"):
+        if section in ds:
+            yield f"{section}: set in the run's configuration (parallel.*), not in the DeepSpeed JSON; remove it"
     for section, use in (("optimizer", "optimizer.*"), ("scheduler", "schedule.*")):
         if section in ds:
             yield f"{section}: set in the run's configuration ({use}), not in the DeepSpeed JSON; remove it"

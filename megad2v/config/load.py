@@ -105,7 +105,7 @@ def _parser() -> ArgumentParser:
         allow_abbrev=False,
         exit_on_error=False,
         description=(
-            "Pretrain a data2vec encoder. Start it with deepspeed, or plain python for one process. "
+            "Pretrain a data2vec encoder. Start it with deepspeed, torchrun, srun, mpirun, or python for one process. "
             f"Recipes: {', '.join(sorted(recipes()))}."
         ),
     )

@@ -250,7 +250,7 @@ class TrainConfig:
     """The run itself."""
 
     steps: int = 1000
-    """Optimizer updates in all."""
+    """Optimizer steps in all, with those that the verdict refuses."""
     micro_batches_per_step: int = 2
     """M: micro-batches of one update over all data-parallel ranks. The data-parallel size must divide it;
     DeepSpeed's gradient accumulation is M / data-parallel size, so results do not depend on the number of ranks."""
@@ -263,13 +263,13 @@ class TrainConfig:
     compile: bool = False
     """torch.compile every block into one graph. Needs a C++ compiler; the first steps take minutes."""
     save_every: int = 500
-    """Updates between checkpoints; one is always written at the end. 0: only then."""
+    """Steps between checkpoints; one is always written at the end. 0: only then."""
     keep_last: int = 3
     """Checkpoints kept; older ones are deleted after a new one is complete. 0 keeps all."""
     log_every: int = 10
-    """Updates between metric lines."""
+    """Steps between metric lines."""
     eval_every: int = 0
-    """Updates between validations (data.valid); one is always run at the end. 0: only then."""
+    """Steps between validations (data.valid); one is always run at the end. 0: only then."""
     resume: str = "auto"
     """auto: from the newest valid checkpoint in output_dir; never: refuse a directory that has one; or a path."""
     init: str | None = None

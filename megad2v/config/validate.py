@@ -115,20 +115,21 @@ def _parallel(config: Config) -> list[str]:
     tensor, model, problems = config.parallel.tensor, config.model, []
     if tensor < 1:
         return [f"parallel.tensor: expected at least 1, got {tensor}"]
-    hidden = model.width * model.mlp_ratio
+    if tensor == 1:
+        alone = "parallel.sequence: splits over tensor-parallel ranks; set parallel.tensor above 1 or leave it"
+        return [alone] if config.parallel.sequence else []
+    hidden = int(model.width * model.mlp_ratio)
     for key, total in (("model.heads", model.heads), ("model.mlp_ratio x width", hidden)):
-        if tensor > 1 and int(total) % tensor:
+        if total % tensor:
             problems.append(f"parallel.tensor: {tensor} ranks cannot share {key} = {total} equally; use a divisor")
     drawn = [("model.attention_dropout", model.attention_dropout)]
     drawn += [("model.dropout", model.dropout)] if config.parallel.sequence else []
     for key, rate in drawn:
-        if config.train.compile and tensor > 1 and rate > 0:
+        if config.train.compile and rate > 0:
             problems.append(
                 f"train.compile: under tensor parallelism {key} draws numbers of each rank's own, which torch.compile "
                 f"cannot put into one graph; set {key} 0 or train.compile false"
             )
-    if config.parallel.sequence and tensor == 1:
-        problems.append("parallel.sequence: splits over tensor-parallel ranks; set parallel.tensor above 1 or leave it")
     return problems
 
 

@@ -23,7 +23,6 @@ WORKING_FOLDER = ".making"
 """Where make_shards writes until everything is complete; its presence means an unfinished or interrupted run."""
 
 LABEL_EXTENSION = "cls"
-META_EXTENSION = "json"
 
 KINDS: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "flac", "wav", "tokens.npy")
 """Data extensions; the position is the code stored in an index, so new ones go at the end."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from megad2v.engine.hang import longest_silence
 from megad2v.engine.launcher import Place, export_place, find_place
 from megad2v.engine.rendezvous import RendezvousError, choose_interface, meet
 from megad2v.errors import UserError
@@ -29,6 +30,11 @@ class World:
     local_size: int
     device: torch.device
     topology: Topology
+
+    @property
+    def all(self) -> Axis:
+        """Its place among all ranks."""
+        return Axis(self.rank, self.size)
 
     @property
     def data(self) -> Axis:
@@ -70,12 +76,16 @@ def prepare_environment() -> None:
 
 
 def start(
-    rank_from_launcher: int | None = None, *, tensor_parallel: int = 1, rendezvous_timeout: float = 300.0
+    rank_from_launcher: int | None = None,
+    *,
+    tensor_parallel: int = 1,
+    rendezvous_timeout: float = 300.0,
+    hang_timeout: float = 0.0,
 ) -> World:
     """Join the process group (NCCL on GPUs, gloo on CPUs). One process without a launcher works too.
 
     Raises UserError where `tensor_parallel` does not divide the number of ranks, RendezvousError where they do not
-    meet within `rendezvous_timeout` seconds. Collectives after that keep DeepSpeed's own limit (DEEPSPEED_TIMEOUT).
+    meet within `rendezvous_timeout` seconds. Collectives after that wait as long as `collective_limit` says.
     """
     place = find_place(os.environ)
     prepare_environment()
@@ -87,9 +97,10 @@ def start(
     place = export_place(place)
     if place.size % tensor_parallel:
         raise UserError(
-            f"parallel.tensor: {place.size} ranks cannot form groups of {tensor_parallel}; start a multiple of it"
+            f"parallel.tensor: groups of {tensor_parallel} cannot be formed of {place.size} in all; start a multiple "
+            f"of {tensor_parallel} processes, or set parallel.tensor 1"
         )
-    _join(place, "nccl" if cuda else "gloo", rendezvous_timeout)
+    _join(place, "nccl" if cuda else "gloo", rendezvous_timeout, collective_limit(hang_timeout))
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, place.local_size)))
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
@@ -102,18 +113,35 @@ def _visible_gpu(local_rank: int, visible: int) -> int:
     if visible == 1:
         return 0
     if local_rank >= visible:
-        raise UserError(
+        error = UserError(
             f"process {local_rank + 1} on this host, but {visible} GPUs are visible to it: "
             "start one process per GPU (slots of the hostfile, --nproc-per-node, --ntasks-per-node)"
         )
+        error.on_one_rank = True  # the first processes of the host have theirs
+        raise error
     return local_rank
 
 
-def _join(place: Place, backend: str, timeout: float) -> None:
+def collective_limit(hang_timeout: float) -> timedelta:
+    """How long a collective may wait: DeepSpeed's 10 minutes, or longer where the watchdog is to speak first. An
+    explicit DEEPSPEED_TIMEOUT (minutes) wins."""
+    from deepspeed.constants import default_pg_timeout
+
+    if hang_timeout <= 0 or "DEEPSPEED_TIMEOUT" in os.environ:
+        return default_pg_timeout
+    return max(default_pg_timeout, timedelta(seconds=longest_silence(hang_timeout)))
+
+
+def limit_all_groups(limit: timedelta) -> None:
+    """Give every process group of this process the same limit: groups made after the first start with torch's own."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(limit, group)
+
+
+def _join(place: Place, backend: str, timeout: float, limit: timedelta) -> None:
     """Meet, choose gloo's interface, create the process group. Every rank talks to the store at MASTER_ADDR, and gloo
     then connects all pairs, on ports that the kernel picks."""
     import deepspeed
-    from deepspeed.constants import default_pg_timeout
 
     meeting = meet(place, timeout) if place.size > 1 else None
     interface = choose_interface(meeting) if meeting else None
@@ -129,10 +157,9 @@ def _join(place: Place, backend: str, timeout: float) -> None:
             auto_mpi_discovery=False,
             verbose=False,
             dist_init_required=True,
-            timeout=timedelta(seconds=max(1.0, timeout / 5)) if backend == "gloo" else default_pg_timeout,
+            timeout=timedelta(seconds=max(1.0, timeout / 5)) if backend == "gloo" else limit,
         )
-        if backend == "gloo":
-            dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
+        limit_all_groups(limit)
     except RuntimeError as error:
         raise RendezvousError(
             f"rank {place.rank} of {place.size}: all ranks met at {place.host}:{place.port}, but {backend} could not "
@@ -153,6 +180,11 @@ def broadcast_text(text: str) -> str:
     carried = [text]
     dist.broadcast_object_list(carried)
     return carried[0]
+
+
+def joined() -> bool:
+    """Whether this process is in the process group by now."""
+    return dist.is_initialized()
 
 
 def stop() -> bool:

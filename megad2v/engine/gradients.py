@@ -82,7 +82,13 @@ class StepGate:
         from deepspeed.runtime import bf16_optimizer
 
         original = bf16_optimizer.get_global_norm_of_tensors
-        bf16_optimizer.get_global_norm_of_tensors = lambda *args, **kwargs: self._ask(original(*args, **kwargs))
+
+        def norm(input_tensors: list[Tensor], **words: Any) -> Tensor:
+            # A tensor-parallel rank that leaves replicated gradients to the first has none at all where a step drops
+            # every block.
+            return self._ask(original(input_tensors=input_tensors or [torch.zeros((), device=self._device)], **words))
+
+        bf16_optimizer.get_global_norm_of_tensors = norm
         try:
             yield
         finally:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megad2v.engine.distributed import World
-from megad2v.engine.hang import ranks_in_words
+from megad2v.engine.hang import longest_silence, ranks_in_words
 from megad2v.engine.setup import TrainingEngine
 from megad2v.engine.watchdog import Watchdog
 
@@ -90,12 +90,12 @@ class Guard:
     """Watches over the forwards of one engine. Making it is collective (a gloo group of all ranks)."""
 
     def __init__(self, engine: TrainingEngine, world: World, watch: Watchdog, *, limit: float = 0.0) -> None:
-        """`limit` is train.hang_timeout: the exchange waits somewhat longer, since the watchdog has more to say."""
+        """`limit` is train.hang_timeout: the exchange waits longer, since the watchdog has more to say."""
         self.world, self.watch = world, watch
         self.depth = len(engine.student.encoder.blocks)
         self._group = None
         if world.size > 1:
-            timeout = timedelta(seconds=2 * limit + 30 if limit > 0 else NO_LIMIT_S)
+            timeout = timedelta(seconds=longest_silence(limit) if limit > 0 else NO_LIMIT_S)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._plans: tuple[Plan, ...] = ()
         self._seen: tuple[Seen, ...] = ()

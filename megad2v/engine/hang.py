@@ -18,6 +18,12 @@ PATIENCE, LEAST_PATIENT_S = 3.0, 600.0
 least LEAST_PATIENT_S: how long they take has nothing to do with how long a step may take."""
 
 
+def longest_silence(limit: float) -> float:
+    """Seconds that a collective may wait while train.hang_timeout is `limit`: longer than the watchdog ever does, so
+    that it speaks first. It knows who did not arrive; a process group that runs out of time ends those that did."""
+    return max(PATIENCE * limit, LEAST_PATIENT_S) + 60.0
+
+
 class Place(NamedTuple):
     """Where the main thread of a rank stands. (step, count) orders places: ranks pass the same ones in the same
     order."""

@@ -79,9 +79,16 @@ def check_compiler() -> None:
 def compile_each_block(module: nn.Module) -> None:
     """One graph per block. The forward is replaced, not the module: DeepSpeed gathers in hooks around a block, which is
     a leaf module, and `block.compile()` would break the graph at each of them."""
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.forward = torch.compile(block.forward, fullgraph=True)
+    blocks = [block for block in module.modules() if isinstance(block, Block)]
+    # All blocks share one function, and a graph is made for every rate of drop path, training and evaluation, and a few
+    # batch sizes. torch counts them per function; beyond its limit (8) a full graph is refused: in the middle of a run.
+    settings = torch._dynamo.config
+    name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
+    setattr(settings, name, max(getattr(settings, name), 8 + 4 * len(blocks)))
+    name = f"accumulated_{name}"
+    setattr(settings, name, max(getattr(settings, name), 16 * (8 + 4 * len(blocks))))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megad2v.engine.distributed import World, broadcast_text, together
-from megad2v.engine.hang import SHOWN_SAMPLES, Place, set_aside
+from megad2v.engine.hang import SHOWN_SAMPLES, Place
 from megad2v.engine.lines import Lines
 from megad2v.engine.watchers import DUMP_S, LEAVE_S, LINGER_S, SETTLE_S, Listener, Speaker, Watcher, who
 
@@ -122,9 +122,6 @@ def start_watchdog(world: World, folder: Path, limit: float) -> Watchdog:
     watch = Watchdog()
     if limit <= 0:
         return watch
-    if world.is_main:
-        with contextlib.suppress(OSError):  # not worth ending a run for
-            set_aside(folder)
     watch.alone = world.size == 1
     server, token = None, secrets.token_hex(16)
     if world.size > 1:

@@ -20,6 +20,8 @@ from megad2v.errors import UserError
 if TYPE_CHECKING:
     from megad2v.engine.watchdog import Watchdog
 
+QUIET_CODES = (UserError.exit_code, 130)
+"""Wrong input and Ctrl-C: the line says it all, no file is written."""
 SETTLE_S = 0.5
 """From the first rank that ended or failed to the verdict: the cause of it may be a moment behind its consequences."""
 DUMP_S = 5.0
@@ -96,7 +98,7 @@ class Watcher:
         details = failure[2] if failure is not None and self.rank in verdict.culprits else None
         if details:
             say(details.rstrip(), prefix="")
-        if verdict.code == UserError.exit_code:  # wrong input: the line says it all
+        if verdict.code in QUIET_CODES:
             if speak:
                 say(f"{verdict.message}; every rank leaves")
             return
@@ -165,32 +167,36 @@ class Listener(Watcher):
             self.failures.append((0, *self.watch.failure[:2]))
         if self.watch.closing:
             return True
-        verdict = self._verdict()
+        verdict = self._verdict(due)
         if verdict is not None:
             self._alarm(verdict)
         return False
 
-    def _verdict(self) -> Verdict | None:
+    def _verdict(self, due: bool) -> Verdict | None:
         if self.dead or self.failures:
             if self.settled is None:
                 self.settled = self.clock.now + SETTLE_S
                 self._next = self.settled
             return ended(self.dead, self.failures, self.reports) if self.clock.now >= self.settled else None
-        return judge(self.reports, self.clock.now, self.limit, self.tick)
+        return judge(self.reports, self.clock.now, self.limit, self.tick) if due else None
 
     def _listen(self, ready: list[Any]) -> None:
+        """`ready`: "accept", connections of nobody known, and ranks."""
         if "accept" in ready:
             with contextlib.suppress(OSError):
                 self.strangers.append(Lines(self.server.accept()[0]))
-                self.selector.register(self.strangers[-1].connection, selectors.EVENT_READ, "lines")
-        for lines in list(self.strangers):
+                self.selector.register(self.strangers[-1].connection, selectors.EVENT_READ, self.strangers[-1])
+        for lines in [one for one in self.strangers if one in ready]:
             for message in lines.receive():
                 self._admit(lines, message)
                 break  # nobody says more before it is heard of
             if lines.closed and lines in self.strangers:
                 self._drop(lines)
                 self.strangers.remove(lines)
-        for rank, lines in list(self.lines.items()):
+        # Only those who have said something: with a thousand ranks, asking all of them at every message would take a
+        # core from the training beside it.
+        for rank in [one for one in ready if one in self.lines]:
+            lines = self.lines[rank]
             for message in lines.receive():
                 self._hear(rank, message)
             if lines.closed and rank in self.lines:
@@ -205,6 +211,7 @@ class Listener(Watcher):
             return
         self.strangers.remove(lines)
         self.lines[rank], self.who[rank] = lines, str(message.get("who"))
+        self.selector.modify(lines.connection, selectors.EVENT_READ, rank)
         self.reports[rank] = Report(Place(), self.clock.now, self.clock.now, self.who[rank])
 
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
@@ -231,7 +238,7 @@ class Listener(Watcher):
         expected = set(self.lines) - (set(verdict.culprits) - {rank for rank, *_ in self.failures})
         until = time.monotonic() + LEAVE_S
         while expected - self.dumped and time.monotonic() < until:
-            self._listen([])
+            self._listen(list(self.lines))
             expected &= set(self.lines)
             time.sleep(0.02)
         os._exit(verdict.code)
@@ -243,7 +250,7 @@ class Listener(Watcher):
         while (
             self.lines and time.monotonic() < until
         ):  # closed at once, what was sent could be lost with what was not read
-            self._listen([])
+            self._listen(list(self.lines))
             time.sleep(0.01)
         for lines in self.lines.values():
             lines.close()

@@ -75,8 +75,8 @@ class Encoder(nn.Module):
         if self.relative_bias is not None:
             bias = F.pad(self.relative_bias(), (0, extra, 0, extra)).to(x_btd.dtype)
         if extra:
-            b, t, _ = x_btd.shape
-            real_bt = x_btd.new_zeros(b, t, dtype=torch.bool) if padding_bt is None else padding_bt
+            # One row serves all samples where none has padding of its own.
+            real_bt = x_btd.new_zeros(1, x_btd.shape[1], dtype=torch.bool) if padding_bt is None else padding_bt
             padding_bt = F.pad(real_bt, (0, extra), value=True)
         if padding_bt is None:
             return bias

@@ -6,11 +6,9 @@ dimension 1 of (B, T, D), whose length the group's size divides. Per call and ra
                       forward                      backward
     copy              nothing                      all-reduce n: the sum of what each rank's slice contributes
     reduce            all-reduce n                 nothing
-    gather            all-gather n                 reduce-scatter n
     reduce_scatter    reduce-scatter n             all-gather n
     split             nothing                      all-gather n
     join              all-gather n                 nothing
-
 
 torch's functional collectives carry them: they do not wait until their result is used, and torch.compile keeps them in
 its graph.
@@ -41,17 +39,23 @@ def wait(x: Tensor) -> Tensor:
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over the axis."""
+    """The sum over the axis, on its way."""
     return functional.all_reduce(x.contiguous(), "sum", axis.group)
 
 
 def all_gather(x_btd: Tensor, axis: Axis) -> Tensor:
-    """(B, T / size, D) -> (B, T, D), chunks in rank order."""
-    return _all_gather(x_btd.contiguous(), SEQUENCE, axis.group)
+    """(B, T / size, D) of every rank, on its way: `in_sequence` waits for it and puts it in order. Gathered along the
+    batch, because torch waits at once for any other dimension."""
+    return _all_gather(x_btd.contiguous(), 0, axis.group)
+
+
+def in_sequence(gathered: Tensor, axis: Axis) -> Tensor:
+    """What `all_gather` gave -> (B, T, D), chunks in rank order."""
+    return wait(gathered).unflatten(0, (axis.size, -1)).movedim(0, SEQUENCE).flatten(SEQUENCE, SEQUENCE + 1)
 
 
 def reduce_scatter(x_btd: Tensor, axis: Axis) -> Tensor:
-    """(B, T, D), summed over the axis -> this rank's (B, T / size, D)."""
+    """(B, T, D), summed over the axis -> this rank's (B, T / size, D), on its way."""
     return _reduce_scatter(x_btd.contiguous(), "sum", SEQUENCE, axis.group)
 
 
@@ -81,17 +85,6 @@ class _Reduce(Function):
         return None, gradient
 
 
-class _Gather(Function):
-    @staticmethod
-    def forward(ctx: Any, axis: Axis, x_btd: Tensor) -> Tensor:
-        ctx.axis = axis
-        return wait(all_gather(x_btd, axis))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        return None, wait(reduce_scatter(gradient, ctx.axis))
-
-
 class _ReduceScatter(Function):
     @staticmethod
     def forward(ctx: Any, axis: Axis, x_btd: Tensor) -> Tensor:
@@ -100,7 +93,7 @@ class _ReduceScatter(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        return None, wait(all_gather(gradient, ctx.axis))
+        return None, in_sequence(all_gather(gradient, ctx.axis), ctx.axis)
 
 
 class _Split(Function):
@@ -111,14 +104,14 @@ class _Split(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        return None, wait(all_gather(gradient, ctx.axis))
+        return None, in_sequence(all_gather(gradient, ctx.axis), ctx.axis)
 
 
 class _Join(Function):
     @staticmethod
     def forward(ctx: Any, axis: Axis, x_btd: Tensor) -> Tensor:
         ctx.axis = axis
-        return wait(all_gather(x_btd, axis))
+        return in_sequence(all_gather(x_btd, axis), axis)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -133,11 +126,6 @@ def copy(axis: Axis, x: Tensor) -> Tensor:
 def reduce(axis: Axis, x: Tensor) -> Tensor:
     """Partial sums -> their replicated sum."""
     return _Reduce.apply(axis, x)
-
-
-def gather(axis: Axis, x_btd: Tensor) -> Tensor:
-    """Split along the sequence -> whole, for a computation with this rank's slice of a layer."""
-    return _Gather.apply(axis, x_btd)
 
 
 def reduce_scatter_sequence(axis: Axis, x_btd: Tensor) -> Tensor:

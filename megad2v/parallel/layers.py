@@ -55,7 +55,8 @@ class _ColumnProduct(Function):
     def forward(ctx: Any, axis: Axis, sequence: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.axis, ctx.sequence, ctx.with_bias = axis, sequence, bias is not None
         ctx.save_for_backward(x, weight)
-        return F.linear(collectives.wait(collectives.all_gather(x, axis)) if sequence else x, weight, bias)
+        whole = collectives.in_sequence(collectives.all_gather(x, axis), axis) if sequence else x
+        return F.linear(whole, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -63,7 +64,7 @@ class _ColumnProduct(Function):
         arriving = collectives.all_gather(x, ctx.axis) if ctx.sequence else None
         send = collectives.reduce_scatter if ctx.sequence else collectives.all_reduce
         x_gradient = send(gradient @ weight, ctx.axis)
-        whole = x if arriving is None else collectives.wait(arriving)
+        whole = x if arriving is None else collectives.in_sequence(arriving, ctx.axis)
         flat = gradient.flatten(0, -2)
         weight_gradient = flat.t() @ whole.flatten(0, -2)
         bias_gradient = flat.sum(0) if ctx.with_bias else None

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from filelock import FileLock
 from torch import Tensor
 
 from megad2v.checkpoint.catalog import prune, step_directory, steps_present
@@ -54,6 +55,8 @@ class Run:
     guard: Guard
     logger: MetricsLogger | None
     """Only on the main rank."""
+    lock: FileLock | None
+    """On the run directory; only on the main rank."""
     progress: Progress = field(default_factory=Progress)
 
     def memory(self) -> list[Tensor]:
@@ -66,6 +69,8 @@ class Run:
         self.records.close()
         if self.logger is not None:
             self.logger.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def train(run: Run) -> None:
@@ -120,7 +125,12 @@ def train(run: Run) -> None:
         if run.valid is not None and _due(progress.step, train.eval_every, train.steps):
             _validate(run)
         if _due(progress.step, train.save_every, train.steps):
-            save_checkpoint(run)
+            save_checkpoint(run, delete_older=taken)  # of a streak of refused steps all checkpoints are alike
+    if verdict.bad_in_a_row > 1 or progress.updates == 0:
+        raise BadNumericState(
+            f"the last {verdict.bad_in_a_row} of {progress.step} steps were not taken: "
+            f"{verdict.latest.reason}; {_way_back(run, progress.step - verdict.bad_in_a_row + 1)}. Lower optimizer.lr"
+        )
 
 
 def _agree(run: Run, batches: Sequence[Batch], blocks: tuple[int, ...] | None) -> StepCounts:
@@ -189,14 +199,20 @@ def _stop(run: Run, halt: Halt) -> NoReturn:
         saved = f"Its state could not be saved ({error})"
     if halt.low is not None and run.logger is not None:  # the rank that will print it
         since = low_since(run.logger.path, *halt.low, step)
-    # What step number s was computed with is the state after s - 1: that one is no way back.
-    older = [number for number in steps_present(run.directory) if number < since - 1]
-    before = (
-        f"the newest checkpoint from before that is {step_directory(run.directory, older[-1])} (--train.resume PATH)"
-        if older
-        else "no checkpoint from before that is there"
+    raise BadNumericState(
+        f"stopped at step {step}: {halt.what}; since step {since}. {saved}; {_way_back(run, since)}. {halt.advice}"
     )
-    raise BadNumericState(f"stopped at step {step}: {halt.what}; since step {since}. {saved}; {before}. {halt.advice}")
+
+
+def _way_back(run: Run, since: int) -> str:
+    """The newest checkpoint from before the trouble, in words. What step number s was computed with is the state after
+    s - 1: that one is no way back."""
+    older = [number for number in steps_present(run.directory) if number < since - 1]
+    if not older:
+        return (
+            "no checkpoint from before that is there: where the weights are to blame, start anew in another directory"
+        )
+    return f"the newest checkpoint from before that is {step_directory(run.directory, older[-1])} (--train.resume PATH)"
 
 
 def _log(
@@ -204,10 +220,10 @@ def _log(
 ) -> dict[str, float]:
     """Sum the statistics over data-parallel ranks and write the step's line; what was read, where it was.
 
-    Every rank reads once floors hold on the standard deviations, else the main one alone. All have the same bits:
-    the all-reduce gives them to a data-parallel group, and tensor-parallel ranks compute the same activations.
+    Every rank reads once floors hold on the standard deviations, else the main one alone. All have the same bits: the
+    sum goes over all ranks, so each micro-batch is in it as often as there are tensor-parallel ranks.
     """
-    sum_over(run.world.data, statistics.sums)
+    sum_over(run.world.all, statistics.sums).div_(run.world.tensor.size)
     speed = run.throughput.read()
     progress = run.progress
     read = statistics.read() if run.logger is not None or verdict.watches_std(progress.updates) else {}

@@ -34,16 +34,19 @@ from megad2v.training.setup import set_up
 from megad2v.training.state import load
 
 DEMO_SHARDS = "runs/demo/shards/image"
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell has it."""
 SPEAKING_SECONDS = 3.0
 """How long a rank stays for the others to say what is wrong, where they cannot meet in a barrier."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `launch/pretrain.py`; returns the exit code. Wrong input is one line, printed by one rank."""
-    rank = 0  # so that what its launcher says of a process can be refused, too
+    rank, first_of_host = 0, True  # so that what its launcher says of a process can be refused, too
     watch = Watchdog()
     try:
-        rank = find_place(os.environ).rank
+        place = find_place(os.environ)
+        rank, first_of_host = place.rank, place.local_rank == 0
         command = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         if command.print_config:
             if rank == 0:
@@ -56,14 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.local_rank,
             tensor_parallel=config.parallel.tensor,
             rendezvous_timeout=config.train.rendezvous_timeout,
+            hang_timeout=config.train.hang_timeout,
         )
-        watch = start_watchdog(world, Path(config.train.output_dir, "hang"), config.train.hang_timeout)
+        output = Path(config.train.output_dir)
+        folder = output.with_name(f".check_{output.name}_hang") if command.check else output / "hang"
+        watch = start_watchdog(world, folder, config.train.hang_timeout)
         if command.check:
             check(config, ds, world, recipe=command.recipe, watch=watch)
         else:
             pretrain(config, ds, world, recipe=command.recipe, watch=watch)
     except (UserError, BadNumericState) as error:
-        if rank == 0 or error.on_one_rank:
+        # Before the ranks have met, each may be wrong in its own way: a file may be missing on one host alone.
+        if rank == 0 or error.on_one_rank or (first_of_host and not distributed.joined()):
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, RendezvousError):
             time.sleep(SPEAKING_SECONDS)  # the launcher ends the others once one has left; rank 0 holds their store
@@ -78,8 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         watch.fail(str(error))
         distributed.leave_now(1)
     except KeyboardInterrupt:
-        watch.fail("interrupted", 130)
-        raise
+        if rank == 0:
+            print("pretrain: interrupted", file=sys.stderr, flush=True)
+        watch.fail("interrupted", INTERRUPTED)
+        distributed.leave_now(INTERRUPTED)
     except Exception as error:
         # On one rank or on all: they must not wait in the next collective for this one.
         told = None if isinstance(error, Disagreement) else traceback.format_exc()
@@ -119,7 +128,8 @@ def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str, w
     finally:
         run.close()
     if world.is_main:
-        print(f"done: {run.progress.step} steps; checkpoints in {run.directory / 'checkpoints'}", flush=True)
+        skipped = f", {run.progress.skipped} of them not taken" if run.progress.skipped else ""
+        print(f"done: {run.progress.step} steps{skipped}; checkpoints in {run.directory / 'checkpoints'}", flush=True)
     return run
 
 
@@ -150,10 +160,6 @@ def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watc
     config = replace(config, train=one, teacher=teacher, schedule=schedule)
     try:
         run = pretrain(config, ds, world, recipe=recipe, watch=watch)
-        if run.progress.skipped:
-            raise BadNumericState(
-                "--check: the one step was refused, for the reason above; the run would refuse it too"
-            )
         peak, what = peak_memory(world.device)  # before the copies that only this check makes
         together(lambda: _reload(run), errors=(UserError,), raises=UserError)
         if world.is_main:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 
 from megad2v.checkpoint.catalog import find_checkpoint, newest_valid, set_aside_later, steps_present
 from megad2v.checkpoint.reader import Checkpoint
@@ -16,9 +17,17 @@ from megad2v.config.deepspeed_json import fill_deepspeed, zero_stage
 from megad2v.config.load import to_yaml
 from megad2v.config.schema import Config
 from megad2v.data.loader import TrainingLoader, validation_batches
-from megad2v.engine.distributed import World, broadcast_text, on_gpu, together
+from megad2v.engine.distributed import (
+    World,
+    broadcast_text,
+    collective_limit,
+    limit_all_groups,
+    on_gpu,
+    together,
+)
 from megad2v.engine.fragments import own_numel, shapes
 from megad2v.engine.guard import Guard
+from megad2v.engine.hang import set_aside
 from megad2v.engine.setup import TrainingEngine, check_compiler, check_deepspeed
 from megad2v.engine.watchdog import Watchdog
 from megad2v.errors import UserError
@@ -53,6 +62,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
     valid = None
     if config.data.valid is not None:
         valid = _on_all(lambda: validation_batches(config, rank=world.data.rank, world=world.data.size))
+    lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
     _on_all(lambda: _prepare_directory(config, filled, directory, start) if world.is_main else None)
     logger = _on_all(
         lambda: (
@@ -60,6 +70,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
         )
     )
     engine = build_engine(config, filled, world)
+    limit_all_groups(collective_limit(config.train.hang_timeout))
     peak, peak_source = peak_flops(world.device, precision)
     run = Run(
         config=config,
@@ -77,6 +88,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
         records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),
         guard=Guard(engine, world, watch or Watchdog(), limit=config.train.hang_timeout),
         logger=logger,
+        lock=lock,
     )
     if world.is_main:
         lines = start_up_report(
@@ -97,6 +109,8 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
             run=directory,
             peak=peak_source,
         )
+        if config.teacher.resident and engine.state.stage < 3:
+            lines.append("teacher.resident: below ZeRO-3 the teacher's weights are whole anyway; it changes nothing")
         if zero_stage(ds) == 0:
             lines.append("ZeRO stage 0 keeps no float32 fragments and applies NaN steps: running it as stage 1")
         print("\n".join(lines), flush=True)
@@ -199,11 +213,25 @@ def _open_chosen(decide: Callable[[], str], world: World) -> Checkpoint | None:
     return _on_all(lambda: Checkpoint(Path(chosen))) if chosen else None
 
 
+def _alone_in(directory: Path) -> FileLock:
+    """Hold the run directory until the process ends. Two runs in one would mix their logs and delete each other's
+    checkpoints. Raises UserError where another run has it (as far as the file system knows locks)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"train.output_dir: another run is writing to {directory}; end it, or choose another directory"
+        ) from None
+    return lock
+
+
 def _prepare_directory(config: Config, filled: dict[str, Any], directory: Path, start: int) -> None:
     """The run directory, its resolved configurations, and its logs cut back to the step that is resumed from."""
-    directory.mkdir(parents=True, exist_ok=True)
     for aside in set_aside_later(directory, start):
         print(f"set aside: {aside}", flush=True)
+    set_aside(directory / "hang")
     (directory / "config.yaml").write_text(to_yaml(config))
     (directory / "ds_config.json").write_text(json.dumps(filled, indent=2) + "\n")
     for name in (QUARANTINE, BAD_STEPS):

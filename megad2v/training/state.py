@@ -15,8 +15,9 @@ from megad2v.checkpoint.layout import Piece
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.writer import write_checkpoint
 from megad2v.config.schema import Config
-from megad2v.engine.distributed import World, together
+from megad2v.engine.distributed import World, broadcast_text, together
 from megad2v.engine.fragments import MOMENTS, Fragment, adam_entries, shapes
+from megad2v.engine.replicas import unify
 from megad2v.engine.setup import TrainingEngine
 from megad2v.errors import UserError
 from megad2v.metrics.report import versions
@@ -63,7 +64,12 @@ def save(
     world: World,
     data_fingerprint: str,
 ) -> None:
-    """Write a checkpoint into `directory`; see `write_checkpoint`. Collective."""
+    """Write a checkpoint into `directory`; see `write_checkpoint`. Collective.
+
+    Where tensor-parallel ranks' copies of a parameter have drifted apart, all get the first rank's, which is the one
+    that is saved: a run that resumes goes on as this one does.
+    """
+    _unify_copies(engine, teacher, world)
     entries = adam_entries(engine.deepspeed, engine.state)
     write_checkpoint(
         directory,
@@ -83,6 +89,24 @@ def save(
         layout={"ranks": world.size, "zero_stage": engine.state.stage, "tensor_parallel": config.parallel.tensor},
         code=versions(),
     )
+
+
+def _unify_copies(engine: TrainingEngine, teacher: ShardedTeacher, world: World) -> None:
+    copies = [
+        (f"{kind} {f.name}@{f.start}", memory) for kind, f, memory in state_memory(engine, teacher) if not f.split
+    ]
+    # One group may have found something and another nothing; what follows is collective over all ranks.
+    differing = together(lambda: unify(copies, world), errors=(), raises=RuntimeError)
+    names = sorted({name for rank in differing for name in rank})
+    if broadcast_text("drifted" if names else ""):
+        engine.state.publish()
+        teacher.refresh()
+    if names:
+        print(
+            f"tensor-parallel ranks' copies of {len(names)} tensors had drifted apart ({names[0]}, ...): all have the "
+            "first rank's now",
+            flush=True,
+        )
 
 
 @torch.no_grad()

@@ -113,5 +113,5 @@ def test_check_does_not_pass_a_step_that_was_refused(demo_shards: Path, tmp_path
     """Pixels divided by the smallest float32 there is are infinite."""
     done = _train(PYTHON, demo_shards, tmp_path / "run", "--check", "--vision.std", "[1e-45,1e-45,1e-45]")
     assert done.returncode == 3 and "check passed" not in done.stdout, done.stdout + done.stderr
-    assert "--check: the one step was refused" in done.stderr and "step 1 was not taken: not finite" in done.stdout
+    assert "the last 1 of 1 steps were not taken" in done.stderr and "step 1 was not taken: not finite" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,11 @@ from megad2v.models.initialise import torch_default, truncated_normal
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one linear map (a convolution with stride = kernel); starts as nn.Conv2d does."""
+    """Non-overlapping patches through one linear map (a convolution with stride = kernel); starts as nn.Conv2d does.
+
+    Computed as the matrix product that it is: cuDNN's gradients of a convolution may differ from call to call in the
+    last bit, and tensor-parallel ranks have to get the same ones.
+    """
 
     def __init__(self, channels: int, patch: int, width: int) -> None:
         super().__init__()
@@ -23,8 +27,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images_bchw: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H/patch x W/patch, D), rows first."""
-        x_bdhw = F.conv2d(images_bchw.to(self.weight.dtype), self.weight, self.bias, stride=self.patch)
-        return x_bdhw.flatten(2).transpose(1, 2)
+        p = self.patch
+        rows = images_bchw.to(self.weight.dtype).unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
+        patches_btk = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches_btk, self.weight.flatten(1), self.bias)
 
 
 class VisionFrontEnd(nn.Module):
