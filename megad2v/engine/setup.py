@@ -76,7 +76,7 @@ def check_compiler() -> None:
         )
 
 
-def compile_each_block(module: nn.Module) -> None:
+def compile_each_block(module: nn.Module, backend: str = "inductor") -> None:
     """One graph per block. The forward is replaced, not the module: DeepSpeed gathers in hooks around a block, which is
     a leaf module, and `block.compile()` would break the graph at each of them."""
     blocks = [block for block in module.modules() if isinstance(block, Block)]
@@ -88,7 +88,7 @@ def compile_each_block(module: nn.Module) -> None:
     name = f"accumulated_{name}"
     setattr(settings, name, max(getattr(settings, name), 16 * (8 + 4 * len(blocks))))
     for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
 
 
 @torch.no_grad()

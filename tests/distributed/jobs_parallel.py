@@ -18,7 +18,7 @@ from megad2v.models.layers import VanillaLayers
 from megad2v.parallel.layers import layers_for
 from megad2v.parallel.sharding import shard_of
 from megad2v.parallel.topology import Axis, Topology
-from tests.distributed.layouts import micro_batch, tiny_config
+from tests.distributed.layouts import Layout, micro_batch, tiny_config
 
 VOCABULARY, WIDTH = 7, 6
 
@@ -133,6 +133,31 @@ def _forward(student: Student, teacher: Teacher, seed: int) -> Tensor:
     torch.manual_seed(seed)
     batch = micro_batch(0, 0)
     return student(batch.inputs, batch.mask_bmt, teacher, None)[0].detach()
+
+
+def drift(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
+    """On two tensor-parallel ranks, rank 1's copies of two tensors are changed by a little, as no step should
+    and a GPU might; then a checkpoint is saved."""
+    from tests.distributed.jobs_layout import _save, build, gathered, start
+
+    trainer = build(start(), tiny_config(), Layout(arguments["zero"], 1, 2))
+    engine, teacher, world = trainer.engine, trainer.teacher, trainer.world
+    student = next(f for f in engine.state.fragments if f.name == "encoder.norm.weight").master
+    places = {f.name: average for f, average in zip(teacher.fragments, teacher.averages, strict=True)}
+    average = places["encoder.blocks.1.attention.output.bias"]
+    if world.tensor.rank == 1:
+        student[0] += 1e-3
+        average[3] += 1e-3
+    _save(trainer, output / "checkpoint")
+    # Both raise where copies differ.
+    weights = gathered(engine, engine.student, world.tensor)
+    forward = gathered(engine, engine.teacher_module, world.tensor)
+    return {
+        "student": student[0].item(),
+        "teacher": average[3].item(),
+        "student's forward": weights["encoder.norm.weight"][0].item(),
+        "teacher's forward": forward["encoder.blocks.1.attention.output.bias"][3].item(),
+    }
 
 
 def _zeros(seen: dict[str, Tensor]) -> Tensor:

@@ -19,6 +19,16 @@ def test_vocabulary_is_split_unequally(tmp_path: Path) -> None:
     assert all(result["equal"] and result["gradient"] for result in results)
 
 
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_copies_that_drifted_apart_are_one_again_after_a_checkpoint(zero: str, tmp_path: Path) -> None:
+    results = run_ranks(f"{JOBS}:drift", 2, {"zero": zero}, timeout=60, output=tmp_path)
+    for result in results:  # what rank 0 has, masters, averages and forward weights alike
+        assert result == {"student": 1.0, "teacher": 0.0, "student's forward": 1.0, "teacher's forward": 0.0}
+    told = (tmp_path / "rank0.log").read_text()
+    assert "copies of 2 tensors had drifted apart (student encoder.norm.weight@0" in told
+
+
 @pytest.fixture(scope="module")
 def draws(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[dict[str, Any]]]:
     """By sequence parallelism, what each of two ranks saw."""

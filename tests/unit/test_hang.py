@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from megad2v.engine.hang import LEAST_PATIENT_S, Place, Report, Verdict, ended, judge, set_aside, write_dump
+from megad2v.engine.hang import (
+    LEAST_PATIENT_S,
+    PATIENCE,
+    Place,
+    Report,
+    Verdict,
+    ended,
+    judge,
+    longest_silence,
+    set_aside,
+    write_dump,
+)
 from megad2v.engine.lines import Lines
 from megad2v.engine.watchdog import Watchdog
 
@@ -150,3 +161,9 @@ def _receive(lines: Lines) -> list[dict]:
     while not (found := lines.receive()):
         assert not lines.closed
     return found
+
+
+@pytest.mark.parametrize("limit", [1.0, 60.0, 600.0, 3600.0])
+def test_collectives_wait_longer_than_the_watchdog(limit: float) -> None:
+    """Otherwise the ranks that did arrive would be the ones to fail, and to be named."""
+    assert longest_silence(limit) > max(PATIENCE * limit, LEAST_PATIENT_S) > limit
