@@ -91,31 +91,37 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
         lock=lock,
     )
     if world.is_main:
-        lines = start_up_report(
-            world=world,
-            precision=precision,
-            stage=engine.state.stage,
-            student=sum(shape.numel() for shape in shapes(engine.student).values()),
-            teacher=sum(shape.numel() for shape in shapes(engine.teacher_module).values()),
-            memory=memory_estimate(
-                own_numel(engine.student),
-                own_numel(engine.teacher_module),
-                stage=engine.state.stage,
-                ranks=world.data.size,
-                low_precision=precision == "bf16",
-                resident=config.teacher.resident,
-            ),
-            recipe=recipe,
-            run=directory,
-            peak=peak_source,
-        )
-        if config.teacher.resident and engine.state.stage < 3:
-            lines.append("teacher.resident: below ZeRO-3 the teacher's weights are whole anyway; it changes nothing")
-        if zero_stage(ds) == 0:
-            lines.append("ZeRO stage 0 keeps no float32 fragments and applies NaN steps: running it as stage 1")
-        print("\n".join(lines), flush=True)
+        print("\n".join(_report(run, ds, precision=precision, recipe=recipe, peak=peak_source)), flush=True)
     _restore(run, resumed, source)
     return run
+
+
+def _report(run: Run, ds: dict[str, Any], *, precision: str, recipe: str, peak: str) -> list[str]:
+    """Lines for people: what runs, on what, and what of the settings has no effect."""
+    engine, world, resident = run.engine, run.world, run.config.teacher.resident
+    lines = start_up_report(
+        world=world,
+        precision=precision,
+        stage=engine.state.stage,
+        student=sum(shape.numel() for shape in shapes(engine.student).values()),
+        teacher=sum(shape.numel() for shape in shapes(engine.teacher_module).values()),
+        memory=memory_estimate(
+            own_numel(engine.student),
+            own_numel(engine.teacher_module),
+            stage=engine.state.stage,
+            ranks=world.data.size,
+            low_precision=precision == "bf16",
+            resident=resident,
+        ),
+        recipe=recipe,
+        run=run.directory,
+        peak=peak,
+    )
+    if resident and engine.state.stage < 3:
+        lines.append("teacher.resident: below ZeRO-3 the teacher's weights are whole anyway; it changes nothing")
+    if zero_stage(ds) == 0:
+        lines.append("ZeRO stage 0 keeps no float32 fragments and applies NaN steps: running it as stage 1")
+    return lines
 
 
 def build_engine(config: Config, filled: dict[str, Any], world: World) -> TrainingEngine:

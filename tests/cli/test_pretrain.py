@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from megad2v.training.main import main
 from tests.cli.conftest import TINY
@@ -77,6 +78,31 @@ def test_literal_command_without_shards_says_what_to_type(tmp_path: Path) -> Non
     assert len(lines) == 1
     for words in ("make demo", "tools/make_demo_data.py", "tools/make_shards.py", "--data.shards"):
         assert words in lines[0]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_what_is_wrong_on_one_host_alone_is_said_there(local_rank: int, tmp_path: Path) -> None:
+    """Before the ranks have met, rank 0 cannot know that a file is missing on another host."""
+    place = {"RANK": str(2 + local_rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    command = ["python", SCRIPT, "--deepspeed", "nowhere.json"]
+    env = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = run_command(command, timeout=50, cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if "pretrain: error: --deepspeed nowhere.json" in line]
+    assert len(said) == (1 if local_rank == 0 else 0)
+
+
+@pytest.mark.timeout(60)
+def test_a_directory_has_one_run_at_a_time(demo_shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    with FileLock(output / ".lock"):
+        flags = ["--data.shards", demo_shards / "train", "--train.output_dir", output]
+        done = run_command(["python", SCRIPT, "--deepspeed", ZERO3, *flags], timeout=50, cwd=REPOSITORY, ranks=1)
+    assert done.returncode == 2
+    assert "train.output_dir: another run is writing to" in done.stderr
+    assert [path.name for path in output.iterdir()] == [".lock"]
 
 
 def _broken(kind: str, demo: Path, tmp_path: Path) -> tuple[list[str], list[str]]:

@@ -1,0 +1,140 @@
+"""What must hold between keys: each broken rule is one line that names the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from megad2v.config import validate as validate_module
+from megad2v.config.schema import (
+    Config,
+)
+from megad2v.config.validate import validate
+from megad2v.errors import UserError
+
+
+def broken(**sections: dict[str, Any]) -> Config:
+    config = Config()
+    return dataclasses.replace(config, **{
+        name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()
+    })  # fmt: skip
+
+
+RULES: list[tuple[Config, str]] = [
+    (broken(optimizer={"lr": math.nan}, model={"depth": 0}), "optimizer.lr: expected a finite number, got nan"),
+    (broken(model={"depth": 0}), "model.width, model.depth and model.heads must be at least 1"),
+    (broken(model={"width": 100}), "model.heads: 3 does not divide model.width 100"),
+    (broken(model={"head_layers": 3}), "model.head_layers: expected 0, 1 or 2, got 3"),
+    (broken(model={"attention_dropout": 1.0}), "model.attention_dropout: expected a probability in [0, 1), got 1.0"),
+    (broken(model={"drop_path": -0.1}), "model.drop_path: expected a probability in [0, 1), got -0.1"),
+    (broken(model={"layer_drop": 1.0}), "model.layer_drop: expected a probability in [0, 1), got 1.0"),
+    (broken(train={"hang_timeout": -1.0}), "train.hang_timeout: expected at least 0, got -1.0"),
+    (broken(vision={"image_size": 60}), "vision.image_size: 60 is not a multiple of vision.patch_size 8"),
+    (broken(vision={"patch_size": 0}), "vision.image_size: 64 is not a multiple of vision.patch_size 0"),
+    (broken(vision={"channels": 1}), "vision.channels: images are decoded to RGB, so 3, got 1"),
+    (broken(model={"mlp_ratio": 0.0}), "model.mlp_ratio: expected more than 0, got 0.0"),
+    (broken(model={"norm_eps": -1e-6}), "model.norm_eps: expected more than 0, got -1e-06"),
+    (broken(vision={"std": (0.5, 0.0, 0.5)}), "vision.std: pixels are divided by it, so every value must be above 0"),
+    (broken(targets={"layers": 7}), "targets.layers: expected 1 to model.depth (6), got 7"),
+    (broken(targets={"layers": 0}), "targets.layers: expected 1 to model.depth (6), got 0"),
+    (broken(mask={"ratio": 1.0}), "mask.ratio: expected a fraction in [0, 1), got 1.0"),
+    (broken(mask={"min_block": 0}), "mask.min_block: expected at least 1 patch, got 0"),
+    (broken(mask={"min_block": 4, "max_block": 3}), "mask.max_block: expected null or at least mask.min_block (4)"),
+    (broken(mask={"min_aspect": 1.5}), "mask.min_aspect: expected a ratio in (0, 1], got 1.5"),
+    (broken(loss={"beta": 0.0}), "loss.beta: smooth_l1 needs a beta above 0, got 0.0 (use loss.kind mse)"),
+    (broken(teacher={"decay_end": 1.1}), "teacher.decay_end: expected a decay in [0, 1], got 1.1"),
+    (broken(teacher={"decay_start": -0.1}), "teacher.decay_start: expected a decay in [0, 1], got -0.1"),
+    (broken(teacher={"decay_steps": -1}), "teacher.decay_steps: expected null or at least 0, got -1"),
+    (broken(augment={"crop_scale_min": 0.0}), "augment.crop_scale_min and crop_scale_max: expected 0 < min"),
+    (broken(augment={"crop_scale_min": 0.9, "crop_scale_max": 0.8}), "augment.crop_scale_min and crop_scale_max"),
+    (broken(train={"precision": "fp16"}), "train.precision: fp16 is not supported"),
+    (broken(parallel={"tensor": 0}), "parallel.tensor: expected at least 1, got 0"),
+    (broken(parallel={"tensor": 2}), "parallel.tensor: 2 ranks cannot share model.heads = 3 equally"),
+    (broken(parallel={"tensor": 3}, model={"mlp_ratio": 0.48}), "parallel.tensor: 3 ranks cannot share model.mlp"),
+    (broken(parallel={"sequence": True}), "parallel.sequence: splits over tensor-parallel ranks"),
+    (
+        broken(parallel={"tensor": 3}, model={"attention_dropout": 0.1}, train={"compile": True}),
+        "train.compile: under tensor parallelism model.attention_dropout draws numbers of each rank's own",
+    ),
+    (broken(train={"steps": 0}), "train.steps: expected at least 1, got 0"),
+    (broken(train={"micro_batches_per_step": 0}), "train.micro_batches_per_step: expected at least 1, got 0"),
+    (broken(train={"keep_last": -1}), "train.keep_last: expected at least 0, got -1"),
+    (broken(train={"rendezvous_timeout": 0.0}), "train.rendezvous_timeout: expected more than 0 seconds, got 0"),
+    (broken(data={"workers": -1}), "data.workers must be at least 0 and data.window at least 1"),
+    (broken(data={"window": 0}), "data.workers must be at least 0 and data.window at least 1"),
+    (broken(optimizer={"lr": 0.0}), "optimizer.lr and optimizer.eps must be above 0, optimizer.clip at least 0"),
+    (broken(optimizer={"clip": -1.0}), "optimizer.lr and optimizer.eps must be above 0, optimizer.clip at least 0"),
+    (broken(optimizer={"betas": (0.9, 1.0)}), "optimizer.betas: expected two decays in [0, 1), got (0.9, 1.0)"),
+    (broken(optimizer={"betas": (-0.1, 0.999)}), "optimizer.betas: expected two decays in [0, 1), got (-0.1, 0.999)"),
+    (broken(optimizer={"weight_decay": -0.05}), "optimizer.weight_decay: expected at least 0, got -0.05"),
+    (broken(schedule={"warmup_steps": -1}), "schedule.warmup_steps: expected at least 0, got -1"),
+    (broken(schedule={"hold_fraction": 1.5}), "schedule.hold_fraction: expected 0 to 1, got 1.5"),
+    (broken(verdict={"spike_z": -1.0}), "verdict.spike_z: expected at least 0, got -1.0"),
+    (broken(verdict={"max_bad_steps": -1}), "verdict.max_bad_steps: expected at least 0, got -1"),
+    (broken(verdict={"window": 8}), "verdict.window: fewer than 16 steps say little"),
+    (
+        broken(schedule={"kind": "tri_stage", "final_scale": 0.0}),
+        "schedule.final_scale: tri_stage decays exponentially",
+    ),
+    (broken(data={"max_bad_fraction": 1.5}), "data.max_bad_fraction: expected a fraction in [0, 1], got 1.5"),
+    (broken(data={"max_bad_fraction": -0.1}), "data.max_bad_fraction: expected a fraction in [0, 1], got -0.1"),
+    *[
+        (broken(data={"micro_batch": dataclasses.replace(Config().data.micro_batch, **budget)}), message)
+        for budget, message in (
+            ({"samples": None}, "data.micro_batch: give exactly one of samples, tokens, seconds; got none"),
+            (
+                {"tokens": 5},
+                "data.micro_batch: give exactly one of samples, tokens, seconds; got ['samples',",
+            ),
+            ({"samples": None, "seconds": 9.0}, "data.micro_batch.seconds: images are batched by samples"),
+            ({"samples": 0}, "data.micro_batch.samples: expected at least 1"),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(("config", "message"), RULES, ids=[message for _, message in RULES])
+def test_rule(config: Config, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    assert str(caught.value).startswith(message)
+
+
+def test_every_rule_has_a_case() -> None:
+    """A rule that is added to validate.py without a case above turns this red: each of its complaints is reached."""
+    source, first = inspect.getsourcelines(validate_module)
+    complaints = {number for number, line in enumerate(source, start=max(1, first)) if "problems.append(" in line}
+    reached: set[int] = set()
+
+    def look(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename == validate_module.__file__:
+            reached.add(frame.f_lineno)
+            return look
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        for config, _ in RULES:
+            with pytest.raises(UserError):
+                validate(config)
+    finally:
+        sys.settrace(before)
+    assert len(complaints) > 15
+    assert complaints <= reached, f"no case for validate.py lines {sorted(complaints - reached)}"
+
+
+def test_good_configurations_pass() -> None:
+    validate(Config())
+    validate(broken(mask={"ratio": 0.0}))  # the control that hides nothing
+    validate(broken(targets={"layers": 6}, loss={"kind": "mse", "beta": 0.0}))
+    # At the borders of their ranges.
+    validate(broken(optimizer={"betas": (0.0, 0.0), "weight_decay": 0.0}, mask={"min_block": 4, "max_block": 4}))
+    validate(broken(teacher={"decay_steps": 0}, schedule={"final_scale": 0.0}, data={"max_bad_fraction": 1.0}))
+    validate(broken(data={"max_bad_fraction": 0.0}))
