@@ -15,32 +15,19 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where megad2v is not installed
 
+from benchmarks.timing import timed
 from megad2v.engine import distributed
-
-
-def _timed(action: Callable[[], Any]) -> float:
-    import torch
-
-    distributed.barrier()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _bare(guard: Any, proposal: Any, count: int = 200) -> dict[str, float]:
     """Seconds of one exchange: median and worst, once all ranks are there."""
-    times = [_timed(lambda: guard.agree(proposal, [1, 2, 3])) for _ in range(count)]
+    times = [timed(lambda: guard.agree(proposal, [1, 2, 3])) for _ in range(count)]
     return {"median": median(times), "worst": max(times)}
 
 
@@ -135,7 +122,7 @@ def measure(arguments: argparse.Namespace, world: Any) -> dict[str, Any]:
             if kind == "with":
                 watch = start_watchdog(world, Path(tempfile.gettempdir()) / "megad2v_benchmark_hang", 600.0)
                 guard = Guard(engine, world, watch, limit=600.0)
-            rows[kind].append(_timed(lambda guard=guard: step(2, guard)))
+            rows[kind].append(timed(lambda guard=guard: step(2, guard)))
             if guard is not None:
                 if pair == 0:
                     proposal = propose(batches, kind="training", step=0, updates=0, depth=arguments.depth)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.timing import timed
 from megad2v.engine import distributed
 from megad2v.engine.distributed import World
 from megad2v.parallel.topology import Topology
@@ -118,14 +118,7 @@ def _measure(engine: Any, world: World, arguments: argparse.Namespace) -> dict[s
         teacher.update(0.999)
         teacher.refresh()
 
-    seconds = []
-    for _ in range(arguments.steps + WARM_UP):
-        distributed.barrier()
-        begin = time.perf_counter()
-        step()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
+    seconds = [timed(step) for _ in range(arguments.steps + WARM_UP)]
     with Sent() as sent:
         step()
     kept = Kept()

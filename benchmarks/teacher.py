@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -21,20 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where megad2v is not installed
 
+from benchmarks.timing import timed
 from megad2v.engine import distributed
-
-
-def _timed(action: Callable[[], Any]) -> float:
-    import torch
-
-    distributed.barrier()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def by_hand(engine: Any, decay: float) -> None:
@@ -97,10 +83,10 @@ def main() -> None:
     rows: dict[str, list[float]] = {"step": [], "update": [], "refresh": [], "by_hand": []}
     for number in range(arguments.steps + 2):
         times = {
-            "step": _timed(step),
-            "update": _timed(lambda: teacher.update(0.999)),
-            "refresh": _timed(teacher.refresh),
-            "by_hand": _timed(lambda: by_hand(engine, 0.999)),
+            "step": timed(step),
+            "update": timed(lambda: teacher.update(0.999)),
+            "refresh": timed(teacher.refresh),
+            "by_hand": timed(lambda: by_hand(engine, 0.999)),
         }
         if number >= 2:  # DeepSpeed traces the first steps
             for name, seconds in times.items():

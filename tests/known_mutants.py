@@ -1,0 +1,327 @@
+"""The breaks that tests/mutants.py makes, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One break: in `file` the text `old`, which is there exactly once, becomes `new`; `test` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+OBJECTIVE, DATA2VEC, MODELS = (f"tests/unit/test_{name}.py" for name in ("objective", "data2vec", "models"))
+LAYOUT = "tests/distributed/test_layouts.py::test_same_step_as_plain_torch"
+ORACLE = "tests/distributed/test_layouts.py::test_teacher_equals_float64_oracle"
+GUARD = "tests/distributed/test_guard.py"
+PARALLEL = "tests/distributed/test_parallel.py"
+UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
+SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
+
+MUTANTS = (
+    # --- the objective
+    Mutant(
+        "average before the per-layer norm",
+        "megad2v/models/objective.py",
+        "        total += normalise(layer_btd.float(), layer_norm)\n"
+        "    return normalise(total / len(layers_btd), average_norm)",
+        "        total += layer_btd.float()\n"
+        "    return normalise(normalise(total / len(layers_btd), layer_norm), average_norm)",
+        f"{OBJECTIVE}::test_targets",
+    ),
+    Mutant(
+        "loss divided by this micro-batch's rows",
+        "megad2v/models/objective.py",
+        "    return total * {",
+        "    return total / max(1, len(prediction_nd)) * {",
+        f"{OBJECTIVE}::test_loss_is_a_sum_over_rows_of_all_micro_batches",
+    ),
+    Mutant(
+        "scale of the loss missing",
+        "megad2v/models/objective.py",
+        "    return total * {",
+        "    return total * 1.0 if width else total * {",
+        f"{OBJECTIVE}::test_loss_and_its_gradient",
+    ),
+    Mutant(
+        "targets from one layer too few",
+        "megad2v/models/data2vec.py",
+        "last=self.spec.layers,",
+        "last=self.spec.layers - 1,",
+        f"{DATA2VEC}::test_targets_are_the_top_layers_without_cls",
+    ),
+    Mutant(
+        "CLS kept in the targets, last patch cut instead",
+        "megad2v/models/data2vec.py",
+        "layer[:, self.prefix_tokens :] for layer",
+        "layer[:, : -self.prefix_tokens] for layer",
+        f"{DATA2VEC}::test_targets_are_the_top_layers_without_cls",
+    ),
+    # --- student and teacher
+    Mutant(
+        "teacher left in train mode",
+        "megad2v/models/data2vec.py",
+        "return super().train(False)",
+        "return super().train(mode)",
+        f"{DATA2VEC}::test_teacher_never_leaves_eval_mode",
+    ),
+    Mutant(
+        "no stop-gradient in the teacher",
+        "megad2v/models/data2vec.py",
+        "    @torch.no_grad()\n",
+        "",
+        f"{DATA2VEC}::test_no_gradient_through_the_targets",
+    ),
+    Mutant(
+        "no stop-gradient on the student's clean view",
+        "megad2v/models/data2vec.py",
+        "targets(inputs, clean_btd.detach(),",
+        "targets(inputs, clean_btd,",
+        f"{DATA2VEC}::test_no_gradient_through_the_targets",
+    ),
+    Mutant(
+        "mask inverted",
+        "megad2v/modalities/vision/front_end.py",
+        "torch.where(mask_bt.unsqueeze(-1),",
+        "torch.where(~mask_bt.unsqueeze(-1),",
+        f"{DATA2VEC}::test_patches_and_tokens",
+    ),
+    Mutant(
+        "relative bias transposed",
+        "megad2v/models/attention.py",
+        "self.table[:, self.index]",
+        "self.table[:, self.index.t()]",
+        f"{MODELS}::test_encoder_chains_its_blocks",
+    ),
+    # --- data
+    Mutant(
+        "blocks of a mask only lie, never stand",
+        "megad2v/modalities/vision/masking.py",
+        "math.exp(log_aspect * (1 - 2 * rng.random()))",
+        "math.exp(log_aspect * rng.random())",
+        "tests/unit/test_masking.py::test_blocks_keep_area_and_aspect",
+    ),
+    Mutant(
+        "order of samples ignores the epoch",
+        "megad2v/data/plan.py",
+        "self.order.indices(epoch,",
+        "self.order.indices(0,",
+        "tests/unit/test_plan.py::test_epochs_differ",
+    ),
+    Mutant(
+        "augmentation ignores the epoch",
+        "megad2v/modalities/vision/transforms.py",
+        'generator(self._seed, epoch, sample_id, "augment")',
+        'generator(self._seed, sample_id, "augment")',
+        "tests/unit/test_purity.py",
+    ),
+    # --- the step
+    Mutant(
+        "local instead of global count of masked positions",
+        "megad2v/training/step.py",
+        "sum_over(world.data, counts.to(world.device)).tolist()",
+        "counts.to(world.device).tolist()",
+        f"{LAYOUT}[zero1_dp2]",
+    ),
+    Mutant(
+        "decay of the update before",
+        "megad2v/training/loop.py",
+        "        updates + 1,\n",
+        "        updates,\n",
+        "tests/unit/test_schedules.py::test_which_update_has_which_rate",
+    ),
+    Mutant(
+        "one fragment of the teacher not averaged",
+        "megad2v/teacher/ema.py",
+        "torch._foreach_lerp_(self.averages, self._masters, 1.0 - decay)",
+        "torch._foreach_lerp_(self.averages[:-1], self._masters[:-1], 1.0 - decay)",
+        f"{LAYOUT}[zero1_dp1]",
+    ),
+    Mutant(
+        "teacher's forward weights not refreshed",
+        "megad2v/training/step.py",
+        "        teacher.refresh()\n",
+        "",
+        f"{LAYOUT}[zero1_dp1]",
+    ),
+    Mutant(
+        "gathered teacher weights stale under ZeRO-3",
+        "megad2v/engine/forward_copy.py",
+        "        drop_gathered(self.parameters.values())\n",
+        "",
+        f"{ORACLE}[zero3_dp2]",
+    ),
+    Mutant(
+        "stale gradients of unused parameters under ZeRO-3",
+        "megad2v/engine/fragments.py",
+        "        self.optimizer.grad_partitions_flat_buffer.zero_()\n",
+        "",
+        f"{UNUSED}[zero3]",
+    ),
+    Mutant(
+        "stale offloaded gradients of unused parameters",
+        "megad2v/engine/fragments.py",
+        "                    partition.grad.zero_()\n",
+        "                    pass\n",
+        f"{UNUSED}[zero3_offload]",
+    ),
+    # --- tensor parallelism
+    Mutant(
+        "attention dropout alike on all tensor-parallel ranks",
+        "megad2v/parallel/rng.py",
+        "torch.manual_seed(seed + axis.rank)",
+        "torch.manual_seed(seed)",
+        f"{PARALLEL}::test_dropout[tp2]",
+    ),
+    Mutant(
+        "the replicated stream forgets that others drew",
+        "megad2v/parallel/rng.py",
+        "    with torch.random.fork_rng(devices=devices):",
+        "    with torch.random.fork_rng(devices=devices, enabled=False):",
+        f"{PARALLEL}::test_dropout[tp2]",
+    ),
+    Mutant(
+        "a slice of the vocabulary starts with the first rows",
+        "megad2v/parallel/layers.py",
+        "mark_split(self.weight, vocabulary, self.first)",
+        "mark_split(self.weight, vocabulary, 0)",
+        f"{PARALLEL}::test_vocabulary_is_split_unequally",
+    ),
+    Mutant(
+        "split parameters counted once in the gradient norm",
+        "megad2v/parallel/sharding.py",
+        "    parameter.tensor_model_parallel = True",
+        "    parameter.tensor_model_parallel_ = True",
+        f"{LAYOUT}[zero3_tp2_dp1_sequence]",
+    ),
+    Mutant(
+        "gradients of norms not summed over the sequence",
+        "megad2v/parallel/layers.py",
+        "return (self._share,) if self.sequence else ()",
+        "return ()",
+        f"{LAYOUT}[zero3_tp2_dp1_sequence]",
+    ),
+    # --- the verdict
+    Mutant(
+        "verdict without the spike",
+        "megad2v/training/verdict.py",
+        "_not_finite(values) or self._spike(values)",
+        "_not_finite(values)",
+        f"{SPOILT}[zero3 fp32 tp1]",
+    ),
+    Mutant(
+        "a refused step becomes usual",
+        "megad2v/training/verdict.py",
+        "            self.bad_in_a_row += 1\n            return False\n",
+        "            self.bad_in_a_row += 1\n"
+        "            self._histories['loss'].append(loss)\n            return False\n",
+        f"{SPOILT}[zero1 fp32 tp1]",
+    ),
+    Mutant(
+        "every rank judges its own loss",
+        "megad2v/engine/gradients.py",
+        "        dist.all_reduce(agreed)\n",
+        "        agreed[1] *= dist.get_world_size()\n",
+        "tests/distributed/test_skip.py::test_all_ranks_judge_the_same_numbers[zero2 fp32 tp1]",
+    ),
+    Mutant(
+        "teacher averages a refused step",
+        "megad2v/training/step.py",
+        '    if taken:\n        watch.at("teacher")',
+        '    if True:\n        watch.at("teacher")',
+        f"{SPOILT}[zero2 fp32 tp1]",
+    ),
+    Mutant(
+        "bf16 under ZeRO-1 asks nobody",
+        "megad2v/engine/gradients.py",
+        "        if not self._is_bf16_optimizer:\n            yield",
+        "        if True:\n            yield",
+        f"{SPOILT}[zero1 bf16 tp1]",
+    ),
+    Mutant(
+        "schedules follow refused steps too",
+        "megad2v/training/loop.py",
+        "_rates(run.config, progress.updates)",
+        "_rates(run.config, progress.step)",
+        "tests/cli/test_stability.py::test_nan_for_ever_stops_and_an_older_checkpoint_goes_on",
+    ),
+    Mutant(
+        "stopping deletes older checkpoints",
+        "megad2v/training/loop.py",
+        "save_checkpoint(run, delete_older=False)",
+        "save_checkpoint(run)",
+        "tests/cli/test_stability.py::test_a_run_that_collapses_stops",
+    ),
+    # --- guard and watchdog
+    Mutant(
+        "modules checked only after their weights were gathered",
+        "megad2v/engine/guard.py",
+        "partial(self._about_to_run, name), prepend=True)",
+        "partial(self._about_to_run, name), prepend=False)",
+        f"{GUARD}::test_a_rank_that_skips_a_block_stops_before_it_gathers[0]",
+    ),
+    Mutant(
+        "plans of the ranks not compared",
+        "megad2v/engine/guard.py",
+        "            if own[0] or own[1]:\n",
+        "            if own[1]:\n",
+        f"{GUARD}::test_every_rank_raises_the_same_words[skips]",
+    ),
+    Mutant(
+        "samples of tensor-parallel ranks not compared",
+        "megad2v/engine/guard.py",
+        "            if own[0] or own[1]:\n",
+        "            if own[0]:\n",
+        f"{GUARD}::test_every_rank_raises_the_same_words[other samples]",
+    ),
+    Mutant(
+        "a rank stopped where the others wait goes unnamed",
+        "megad2v/engine/hang.py",
+        "    return silent(reports, now, MISSED_BEATS * tick) or _hanging(",
+        "    return _hanging(",
+        "tests/unit/test_hang.py::test_a_rank_stopped_where_the_others_wait",
+    ),
+    Mutant(
+        "layer drop draws the same blocks in every step",
+        "megad2v/training/layer_drop.py",
+        "layer_drop/{seed}/{step}/{block}",
+        "layer_drop/{seed}/{block}",
+        "tests/unit/test_guard.py::test_layer_drop_is_a_pure_draw",
+    ),
+    # --- resuming
+    Mutant(
+        "Adam's step not restored",
+        "megad2v/training/state.py",
+        'entry["step"].fill_(checkpoint.index.state["adam_step"])',
+        'entry["step"].fill_(0.0)',
+        "tests/cli/test_resume.py::test_resumed_after_a_damaged_checkpoint_equals_uninterrupted[zero1]",
+    ),
+    # --- launchers and the meeting
+    Mutant(
+        "shell of an allocation taken for a task of srun",
+        "megad2v/engine/launcher.py",
+        "        step.isdigit()\n        and int(step) < 2**31\n        and ",
+        "        ",
+        "tests/unit/test_launcher.py::test_a_shell_inside_an_allocation_is_no_task",
+    ),
+    Mutant(
+        "Slurm's variables win over a launcher inside Slurm",
+        "megad2v/engine/launcher.py",
+        'if "RANK" in variables:',
+        'if "RANK" in variables and "SLURM_STEP_ID" not in variables:',
+        "tests/unit/test_launcher.py::test_launchers_inside_slurm_win_over_slurm",
+    ),
+    Mutant(
+        "each rank goes by its own verdict",
+        "megad2v/engine/rendezvous.py",
+        'return meeting.store.compare_set("verdict", "", MISSING).decode()',
+        "return MET",
+        "tests/distributed/test_rendezvous.py::test_every_waiting_rank_names_the_missing_ones",
+    ),
+)
