@@ -31,6 +31,7 @@ from megad2v.engine.distributed import World
 from megad2v.parallel.topology import Topology
 
 MICRO_BATCHES, WARM_UP = 4, 2
+COLLECTIVES = ("allreduce", "allgather", "reducescatter", "broadcast")
 
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [  # smaller tensor sizes first: DeepSpeed remembers the last mpu
     ("zero3", {}),
@@ -48,10 +49,11 @@ class Sent(TorchDispatchMode):
     bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func._schema.name:
+        name = func._schema.name.replace("_", "")
+        if func.namespace in ("c10d", "_c10d_functional") and any(word in name for word in COLLECTIVES):
             out = func(*args, **(kwargs or {}))
             # A ring sends a reduced tensor round twice, a gathered or scattered one once.
-            rounds = 2 if "allreduce" in func._schema.name.replace("_", "") else 1
+            rounds = 2 if "allreduce" in name else 1
             self.bytes += rounds * max(_bytes(one) for one in (*args, out))
             return out
         return func(*args, **(kwargs or {}))
