@@ -126,7 +126,7 @@ def train(run: Run) -> None:
             _validate(run)
         if _due(progress.step, train.save_every, train.steps):
             save_checkpoint(run, delete_older=taken)  # of a streak of refused steps all checkpoints are alike
-    if verdict.bad_in_a_row > 1 or progress.updates == 0:
+    if verdict.bad_in_a_row > (1 if progress.updates else 0):  # one bad step at the very end spoils nothing
         raise BadNumericState(
             f"the last {verdict.bad_in_a_row} of {progress.step} steps were not taken: "
             f"{verdict.latest.reason}; {_way_back(run, progress.step - verdict.bad_in_a_row + 1)}. Lower optimizer.lr"
