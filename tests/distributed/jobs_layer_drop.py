@@ -39,6 +39,19 @@ def drops(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     return {str(layout): _train(layout, world, arguments["steps"], output) for layout in layouts}
 
 
+def all_dropped(arguments: dict[str, Any], output: Path) -> list[float]:
+    """bf16 under ZeRO-1 with tensor parallelism: rank 1 has no gradient of its own in a step without blocks. Returns the
+    gradient norms of such a step and of the next."""
+    from tests.distributed.jobs_layout import build, start
+
+    trainer = build(start(), config_with_drop(2), Layout("zero1", 1, 2, precision="bf16"))
+    norms = []
+    for step, kept in enumerate([(), (0, 1, 2)]):
+        trainer.step(step, None, kept)
+        norms.append(trainer.engine.gradient_norm())
+    return norms
+
+
 def _train(layout: Layout, world: Any, steps: int, output: Path) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 

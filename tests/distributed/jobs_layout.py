@@ -97,7 +97,8 @@ def build(world: Any, config: Any, layout: Layout) -> Trainer:
     if layout.tensor > 1:
         world = replace(world, topology=Topology(layout.tensor, "cpu"))
     config = layout.apply(config)
-    engine = build_engine(config, deepspeed_config(config, layout.zero, world.data.size, layout.persistence), world)
+    ds = deepspeed_config(config, layout.zero, world.data.size, layout.persistence, layout.precision)
+    engine = build_engine(config, ds, world)
     return Trainer(world, config, engine, ShardedTeacher(engine))
 
 

@@ -47,6 +47,7 @@ class Layout:
     compiled: bool = False
     persistence: int | None = None
     scope: str = "encoder"
+    precision: str = "fp32"
 
     @property
     def ranks(self) -> int:
@@ -58,6 +59,7 @@ class Layout:
         words = [self.zero, *([f"tp{self.tensor}"] if self.tensor > 1 else []), f"dp{self.data}"]
         words += [word for word in ("sequence", "resident", "compiled") if getattr(self, word)]
         words += [f"persist_{self.persistence}"] if self.persistence is not None else []
+        words += [self.precision] if self.precision != "fp32" else []
         return "_".join([*words, *([f"scope_{self.scope}"] if self.scope != "encoder" else [])])
 
     def apply(self, config: Config) -> Config:
@@ -94,12 +96,14 @@ def micro_batch(step: int, m: int) -> Batch:
     return Batch("vision", images, mask, sample_ids=tuple(f"s{step}-{m}-{row}" for row in range(SAMPLES)))
 
 
-def deepspeed_config(config: Config, layout: str, world: int, persistence: int | None = None) -> dict[str, Any]:
-    """The filled JSON of ds_configs/`layout`.json, in float32."""
+def deepspeed_config(
+    config: Config, layout: str, world: int, persistence: int | None = None, precision: str = "fp32"
+) -> dict[str, Any]:
+    """The filled JSON of ds_configs/`layout`.json."""
     ds = read_deepspeed_json(REPOSITORY / "ds_configs" / f"{layout}.json")
     if persistence is not None:
         ds["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
-    return fill_deepspeed(ds, config, precision="fp32", data_parallel=world)
+    return fill_deepspeed(ds, config, precision=precision, data_parallel=world)
 
 
 def plain_run(config: Config, steps: int) -> dict[str, Any]:

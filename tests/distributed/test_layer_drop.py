@@ -78,6 +78,13 @@ def test_the_steps_differ() -> None:
     assert len(set(kept)) >= 3 and any(len(blocks) < 2 for blocks in kept) and len({b for k in kept for b in k}) == 3
 
 
+@pytest.mark.timeout(90)
+def test_a_step_without_blocks_in_bf16(tmp_path: Path) -> None:
+    first, second = run_ranks("tests.distributed.jobs_layer_drop:all_dropped", 2, timeout=60, output=tmp_path)
+    assert first == second
+    assert all(0 < norm < 100 for norm in first)
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_dropped_blocks_have_zero_gradient(layout: Layout, runs: tuple[dict[str, Any], Path]) -> None:
