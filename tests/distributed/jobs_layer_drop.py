@@ -40,8 +40,8 @@ def drops(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
 
 
 def all_dropped(arguments: dict[str, Any], output: Path) -> list[float]:
-    """bf16 under ZeRO-1 with tensor parallelism: rank 1 has no gradient of its own in a step without blocks. Returns the
-    gradient norms of such a step and of the next."""
+    """bf16 under ZeRO-1 with tensor parallelism: rank 1 has no gradient of its own in a step without blocks.
+    Returns the gradient norms of such a step and of the next."""
     from tests.distributed.jobs_layout import build, start
 
     trainer = build(start(), config_with_drop(2), Layout("zero1", 1, 2, precision="bf16"))
