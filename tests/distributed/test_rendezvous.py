@@ -33,7 +33,7 @@ from megad2v.engine.launcher import export_place, find_place
 from megad2v.engine.rendezvous import RendezvousError, meet
 begin = time.monotonic()
 try:
-    meet(export_place(find_place(os.environ)), float(sys.argv[1]))
+    meeting = meet(export_place(find_place(os.environ)), float(sys.argv[1]))  # kept: rank 0's server lives in it
 except RendezvousError as error:
     print(f"{time.monotonic() - begin:.2f} error: {error}", flush=True)
     time.sleep(1)
