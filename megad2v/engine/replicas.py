@@ -27,10 +27,12 @@ def unify(copies: Sequence[tuple[str, Tensor]], world: World) -> list[str]:
     other ranges (an unevenly split vocabulary shifts ZeRO-1/2's).
     """
     axis = world.tensor
-    if axis.size == 1 or not copies:
+    if axis.size == 1:
         return []
     names = repr([(name, memory.numel()) for name, memory in copies]).encode()
     if len(_unequal(torch.tensor([zlib.crc32(names)], device=world.device), axis.group)):
+        return []
+    if not copies:  # on none of the group's ranks: their names are equal
         return []
     sums = torch.stack([memory.view(torch.int32).sum(dtype=torch.int64) for _, memory in copies]).to(world.device)
     differing = [copies[place] for place in _unequal(sums, axis.group)]

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ class _AwakeClock:
         return self.now
 
 
-class Watcher:
+class Watcher(ABC):
     """What both sides share: the tick, this rank's own report, and how a process ends."""
 
     def __init__(self, watch: Watchdog, rank: int, folder: Path, limit: float) -> None:
@@ -66,13 +67,13 @@ class Watcher:
         finally:
             self.hang_up()
 
+    @abstractmethod
     def turn(self) -> bool:
         """Wait for something to happen, at most until the next tick. True when the watch is over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hang_up(self) -> None:
         """Tell the other side that the silence to come means nothing."""
-        raise NotImplementedError
 
     def wait(self) -> tuple[list[Any], bool]:
         """(what can be read, whether a tick is due)."""

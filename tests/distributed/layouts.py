@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,23 +107,40 @@ def deepspeed_config(
     return fill_deepspeed(ds, config, precision=precision, data_parallel=world)
 
 
-def plain_run(config: Config, steps: int) -> dict[str, Any]:
-    """Step-1 gradients (before clipping), loss and gradient norm per step, final student and teacher; float64."""
-    student, teacher = build_student(config), build_teacher(config)
+def plain_run(
+    config: Config,
+    steps: int,
+    *,
+    student: Any = None,
+    blocks: Callable[[int], tuple[int, ...] | None] = lambda step: None,
+    prepare: Callable[[Any, int], None] = lambda student, step: None,
+) -> dict[str, Any]:
+    """Step-1 gradients (before clipping), loss and gradient norm per step, final student and teacher; float64.
+
+    `blocks` are the student's that a step runs (None: all); `prepare` is called before each step. What a step does not
+    use has a gradient of zeros: moments decay and weight decay goes on. One thread: the tensors have hundreds of
+    elements, and threads would only wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    student, teacher = student if student is not None else build_student(config), build_teacher(config)
     initialise_(student, config.train.seed)
     student, teacher = student.double(), teacher.double()
     names = dict(teacher.named_parameters())
     teacher.load_state_dict({n: p for n, p in student.state_dict().items() if n in names}, strict=False)
     o = config.optimizer
     adamw = torch.optim.AdamW(student.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
+        prepare(student, step)
         batches = [micro_batch(step, m) for m in range(config.train.micro_batches_per_step)]
         count = sum(batch.masked_count() for batch in batches)
         total = 0.0
         for batch in batches:
             images = (batch.inputs.double() / 255 - 0.5) / 0.5
-            loss = _forward_double(student, images, batch.mask_bmt, teacher) / count
+            loss = _forward_double(student, images, batch.mask_bmt, teacher, blocks(step)) / count
             loss.backward()
             total += float(loss.detach())
         if step == 0:
@@ -130,13 +148,14 @@ def plain_run(config: Config, steps: int) -> dict[str, Any]:
         norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), o.clip)))
         losses.append(total)
         adamw.step()
-        adamw.zero_grad()
+        adamw.zero_grad(set_to_none=False)
         t = config.teacher
         decay = decay_at(step + 1, start=t.decay_start, end=t.decay_end, steps=t.decay_steps)
         with torch.no_grad():
             for name, parameter in student.named_parameters():
                 if name in names:
                     names[name].mul_(decay).add_(parameter, alpha=1 - decay)
+    torch.set_num_threads(threads)
     return {
         "losses": losses,
         "norms": norms,

@@ -174,15 +174,17 @@ def test_launch_with_a_rank_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_collectives_keep_deepspeeds_limit() -> None:
-    """train.rendezvous_timeout ends with the meeting."""
+@pytest.mark.parametrize(("hang_timeout", "limit"), [(0, 600.0), (600, 1860.0)])
+def test_limit_of_collectives(hang_timeout: int, limit: float) -> None:
+    """train.rendezvous_timeout ends with the meeting: then it is DeepSpeed's limit, or longer than the watchdog's
+    patience (three times train.hang_timeout), or ranks that did arrive would fail before it can say who did not."""
     program = (
         "import torch, torch.distributed as dist; from megad2v.engine import distributed as d; "
-        "d.start(rendezvous_timeout=5); "
+        f"d.start(rendezvous_timeout=5, hang_timeout={hang_timeout}); "
         "print(dist.group.WORLD._get_backend(torch.device('cpu')).options._timeout.total_seconds()); d.leave_now(0)"
     )
     done = run_command([sys.executable, "-c", program], timeout=50, env={"PYTHONPATH": str(REPOSITORY)})
-    assert done.stdout.split() == ["600.0"], done.stdout + done.stderr
+    assert done.stdout.split() == [str(limit)], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("numbers", "text"), [([1], "1"), ([1, 2, 3, 7], "1-3, 7"), ([0, 2], "0, 2")])

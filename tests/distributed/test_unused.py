@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from megad2v.modalities.build import build_teacher
-from megad2v.models.initialise import initialise_
-from megad2v.teacher.schedule import decay_at
 from tests.distributed.harness import run_ranks
 from tests.distributed.jobs_unused import student_with_gaps, used_in
-from tests.distributed.layouts import _forward_double, micro_batch, tiny_config
+from tests.distributed.layouts import plain_run, tiny_config
 from tests.tolerances import CURVE, FINAL_WEIGHTS
 
 STEPS = 6
@@ -31,42 +27,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
     return results[0], output
 
 
+def _prepare(student: Any, step: int) -> None:
+    student.head.used = used_in(step)
+
+
 @pytest.fixture(scope="module")
 def truth() -> dict[str, Any]:
     """Plain torch in float64, with a gradient of zeros where a step used nothing: the moments then decay, and weight
     decay goes on."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors of a few hundred elements: threads would only wait for each other
     config = tiny_config(steps=STEPS)
-    student, teacher = student_with_gaps(config), build_teacher(config)
-    initialise_(student, config.train.seed)
-    initialise_(teacher, config.train.seed)
-    student, teacher = student.double(), teacher.double()
-    o, t = config.optimizer, config.teacher
-    adamw = torch.optim.AdamW(student.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-    for parameter in student.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    losses, norms = [], []
-    for step in range(STEPS):
-        student.head.used = used_in(step)
-        batches = [micro_batch(step, m) for m in range(config.train.micro_batches_per_step)]
-        count, total = sum(batch.masked_count() for batch in batches), 0.0
-        for batch in batches:
-            images = (batch.inputs.double() / 255 - 0.5) / 0.5
-            loss = _forward_double(student, images, batch.mask_bmt, teacher) / count
-            loss.backward()
-            total += loss.item()
-        losses.append(total)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), o.clip)))
-        adamw.step()
-        adamw.zero_grad(set_to_none=False)
-        decay = decay_at(step + 1, start=t.decay_start, end=t.decay_end, steps=t.decay_steps)
-        current = dict(student.named_parameters())
-        with torch.no_grad():
-            for name, average in teacher.named_parameters():
-                average.lerp_(current[name], 1 - decay)
-    torch.set_num_threads(threads)
-    return {"losses": losses, "norms": norms, "weights": dict(student.named_parameters())}
+    return plain_run(config, STEPS, student=student_with_gaps(config), prepare=_prepare)
 
 
 @pytest.mark.timeout(240)
@@ -88,7 +58,7 @@ def test_gaps_train_as_plain_torch_does(layout: str, runs: tuple[dict[str, Any],
     assert seen["losses"] == pytest.approx(truth["losses"], rel=CURVE)
     assert seen["norms"] == pytest.approx(truth["norms"], rel=10 * CURVE)
     weights = load_file(runs[1] / f"{layout}.safetensors")
-    assert weights.keys() == truth["weights"].keys()
-    for name, value in truth["weights"].items():
+    assert weights.keys() == truth["student"].keys()
+    for name, value in truth["student"].items():
         error = (weights[name].double() - value).norm() / value.norm().clamp_min(1e-3)
         assert error < FINAL_WEIGHTS, name
