@@ -44,6 +44,10 @@ class ModelConfig:
     """Dropout on attention probabilities."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; earlier blocks ramp up to it linearly. Drawn per sample."""
+    init: Literal["fairseq", "bert", "beit"] = "fairseq"
+    """Where weights start. fairseq: the encoder's from a normal of deviation 0.02, front end and head as torch starts
+    them (speech, vision port). bert: the head from that normal too (text). beit: all from that normal cut at one
+    deviation, biases 0, vision's tokens included (published vision)."""
     layer_drop: float = 0.0
     """Probability that a block of the student is passed over in an update (fairseq's encoder_layerdrop; speech 0.05).
     Drawn per block and update from (train.seed, step), the same for all micro-batches: fairseq draws per forward and
@@ -64,10 +68,6 @@ class VisionConfig:
     """Per-channel mean taken off pixels in [0, 1], on the device."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per-channel standard deviation that pixels are divided by."""
-    token_init_mean: float = 0.02
-    """Mean of the truncated normal that CLS and mask token start from (fairseq passes 0.02 as the MEAN)."""
-    token_init_std: float = 1.0
-    """Its standard deviation (fairseq 1.0, which gives 0.88 after truncation at +-2; BEiT fork 0.02)."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from megad2v.modalities.vision.front_end import VisionFrontEnd
 from megad2v.models.data2vec import ObjectiveSpec, Student, Teacher
 from megad2v.models.encoder import Encoder
 from megad2v.models.heads import regression_head
+from megad2v.models.initialise import INIT_SCHEMES
 from megad2v.models.layers import Layers
 
 
 def _vision(config: Config) -> nn.Module:
-    return VisionFrontEnd(config.vision, config.model.width)
+    return VisionFrontEnd(config.vision, config.model.width, INIT_SCHEMES[config.model.init])
 
 
 FRONT_ENDS: dict[str, Callable[[Config], nn.Module]] = {"vision": _vision}
@@ -41,6 +42,7 @@ def build_encoder(config: Config, layers: Layers | None = None) -> Encoder:
         dropout=model.dropout,
         attention_dropout=model.attention_dropout,
         drop_path=model.drop_path,
+        weight=INIT_SCHEMES[model.init].encoder,
         grid=config.vision.image_size // config.vision.patch_size if model.relative_bias else None,
         layers=layers,
     )
@@ -66,7 +68,7 @@ def build_student(config: Config, layers: Layers | None = None) -> Student:
     return Student(
         FRONT_ENDS[config.modality](config),
         build_encoder(config, layers),
-        regression_head(config.model.width, config.model.head_layers),
+        regression_head(config.model.width, config.model.head_layers, INIT_SCHEMES[config.model.init]),
         objective(config),
     )
 

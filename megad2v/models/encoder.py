@@ -12,11 +12,8 @@ from torch import Tensor, nn
 
 from megad2v.models.attention import RelativePositionBias
 from megad2v.models.block import Block
-from megad2v.models.initialise import truncated_normal
+from megad2v.models.initialise import FAIRSEQ, Initialiser, scaled
 from megad2v.models.layers import Layers, VanillaLayers
-
-INIT_STD = 0.02
-"""Standard deviation of every weight matrix in the encoder (spec 3.2; BEiT, fairseq)."""
 
 
 class Encoder(nn.Module):
@@ -24,7 +21,8 @@ class Encoder(nn.Module):
     first (post-norm).
 
     `grid` is the side of the patch grid for the relative bias, None without one.
-    Output weights of block l (from 1) start divided by sqrt(2 l) in pre-norm models, as BEiT and fairseq do.
+    `weight` starts every matrix; in pre-norm models output weights of block l (from 1) start divided by sqrt(2 l), as
+    BEiT and fairseq do.
     """
 
     def __init__(
@@ -42,6 +40,7 @@ class Encoder(nn.Module):
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         grid: int | None = None,
+        weight: Initialiser = FAIRSEQ.encoder,
         layers: Layers | None = None,
     ) -> None:
         super().__init__()
@@ -62,8 +61,8 @@ class Encoder(nn.Module):
                 dropout=dropout,
                 attention_dropout=attention_dropout,
                 drop_path=rate,
-                weight=truncated_normal(INIT_STD),
-                output_weight=truncated_normal(INIT_STD / math.sqrt(2 * number) if self.pre_norm else INIT_STD),
+                weight=weight,
+                output_weight=scaled(weight, 1.0 / math.sqrt(2 * number)) if self.pre_norm else weight,
             )
             for number, rate in enumerate(rates, start=1)
         )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from megad2v.models.initialise import torch_default
+from megad2v.models.initialise import FAIRSEQ, InitScheme
 from megad2v.models.layers import ColumnLinear
 
 
-def regression_head(width: int, depth: int) -> nn.Module:
+def regression_head(width: int, depth: int, scheme: InitScheme = FAIRSEQ) -> nn.Module:
     """depth 0: identity (fairseq vision), 1: Linear D-D (speech, published vision), 2: Linear D-2D, GELU, Linear 2D-D
-    (text; spec 2.3). Starts from torch's default (spec 1.5)."""
+    (text; spec 2.3)."""
 
     def linear(inputs: int, outputs: int) -> ColumnLinear:
-        return ColumnLinear(inputs, outputs, weight=torch_default(inputs), bias=torch_default(inputs))
+        weight, bias = scheme.head(inputs)
+        return ColumnLinear(inputs, outputs, weight=weight, bias=bias)
 
     if depth == 0:
         return nn.Identity()

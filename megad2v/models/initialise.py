@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,60 @@ def torch_default(fan_in: int) -> Initialiser:
         value.uniform_(-bound, bound, generator=generator)
 
     return initialise
+
+
+def scaled(initialiser: Initialiser, factor: float) -> Initialiser:
+    """`initialiser`'s values times `factor`."""
+
+    def initialise(value: Tensor, generator: torch.Generator) -> None:
+        initialiser(value, generator)
+        value.mul_(factor)
+
+    return initialise
+
+
+def normal(std: float) -> Initialiser:
+    """Normal(0, std)."""
+
+    def initialise(value: Tensor, generator: torch.Generator) -> None:
+        value.normal_(0.0, std, generator=generator)
+
+    return initialise
+
+
+@dataclass(frozen=True)
+class InitScheme:
+    """Where a whole model starts: one of `INIT_SCHEMES`."""
+
+    encoder: Initialiser
+    """Every matrix of the encoder; its biases start at 0."""
+    front_end: Callable[[int], tuple[Initialiser, Initialiser]]
+    """Weight and bias of a linear map or convolution of the front end, by fan-in."""
+    head: Callable[[int], tuple[Initialiser, Initialiser]]
+    """The same for the regression head."""
+    token: Initialiser
+    """CLS and mask token of vision."""
+
+
+def _torch_linear(fan_in: int) -> tuple[Initialiser, Initialiser]:
+    return torch_default(fan_in), torch_default(fan_in)
+
+
+STD = 0.02
+_CUT = truncated_normal(STD, low=-STD, high=STD)
+
+FAIRSEQ = InitScheme(
+    encoder=normal(STD),
+    front_end=_torch_linear,
+    head=_torch_linear,
+    token=truncated_normal(1.0, mean=STD),  # it passes the deviation as the mean (spec 3.2)
+)
+INIT_SCHEMES = {
+    "fairseq": FAIRSEQ,
+    "bert": replace(FAIRSEQ, head=lambda fan_in: (normal(STD), zeros)),
+    "beit": InitScheme(_CUT, lambda fan_in: (_CUT, zeros), lambda fan_in: (_CUT, zeros), _CUT),
+}
+"""fairseq: speech (spec 1.5) and the vision port (3.2). bert: text (2.3). beit: the published vision models (3.1)."""
 
 
 def initial_value(seed: int, name: str, shape: torch.Size, initialiser: Initialiser) -> Tensor:

@@ -7,23 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megad2v.config.schema import VisionConfig
-from megad2v.models.initialise import torch_default, truncated_normal
+from megad2v.models.initialise import FAIRSEQ, InitScheme
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one linear map (a convolution with stride = kernel); starts as nn.Conv2d does.
+    """Non-overlapping patches through one linear map (a convolution with stride = kernel).
 
     Computed as the matrix product that it is: cuDNN's gradients of a convolution may differ from call to call in the
     last bit, and tensor-parallel ranks have to get the same ones.
     """
 
-    def __init__(self, channels: int, patch: int, width: int) -> None:
+    def __init__(self, channels: int, patch: int, width: int, scheme: InitScheme = FAIRSEQ) -> None:
         super().__init__()
         self.patch = patch
         self.weight = nn.Parameter(torch.empty(width, channels, patch, patch))
         self.bias = nn.Parameter(torch.empty(width))
-        fan_in = channels * patch * patch
-        self.initialisers = {"weight": torch_default(fan_in), "bias": torch_default(fan_in)}
+        weight, bias = scheme.front_end(channels * patch * patch)
+        self.initialisers = {"weight": weight, "bias": bias}
 
     def forward(self, images_bchw: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H/patch x W/patch, D), rows first."""
@@ -38,13 +38,12 @@ class VisionFrontEnd(nn.Module):
 
     prefix_tokens = 1
 
-    def __init__(self, config: VisionConfig, width: int) -> None:
+    def __init__(self, config: VisionConfig, width: int, scheme: InitScheme = FAIRSEQ) -> None:
         super().__init__()
-        self.patches = PatchEmbed(config.channels, config.patch_size, width)
+        self.patches = PatchEmbed(config.channels, config.patch_size, width, scheme)
         self.cls_token = nn.Parameter(torch.empty(width))
         self.mask_token = nn.Parameter(torch.empty(width))
-        token = truncated_normal(config.token_init_std, config.token_init_mean)
-        self.initialisers = {"cls_token": token, "mask_token": token}
+        self.initialisers = {"cls_token": scheme.token, "mask_token": scheme.token}
         # Buffers would be averaged and partitioned; these are constants of the recipe.
         self.mean, self.std = config.mean, config.std
 
