@@ -44,6 +44,9 @@ class ModelConfig:
     """Dropout on attention probabilities."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; earlier blocks ramp up to it linearly. Drawn per sample."""
+    deep_norm: bool = False
+    """DeepNorm (arXiv:2203.00555): post-norm residuals are scaled by (2 depth)^(1/4), and value, output and MLP weights
+    start smaller by (8 depth)^(1/4). data2vec's AudioSet recipe. Needs norm post."""
     init: Literal["fairseq", "bert", "beit"] = "fairseq"
     """Where weights start. fairseq: the encoder's from a normal of deviation 0.02, front end and head as torch starts
     them (speech, vision port). bert: the head from that normal too (text). beit: all from that normal cut at one
@@ -71,6 +74,32 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class SpeechConfig:
+    """The audio front end: convolutions over the waveform, then convolutional positions inside the encoder."""
+
+    conv_layers: tuple[tuple[int, int, int], ...] = (
+        (512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 2, 2), (512, 2, 2),
+    )  # fmt: skip
+    """(channels, kernel, stride) of each convolution; the strides' product, 320, makes 50 frames of 16,000 samples."""
+    conv_bias: bool = False
+    """Biases in these convolutions (all released data2vec models: none)."""
+    extractor_norm: Literal["layer", "group"] = "layer"
+    """layer: a layer norm behind every convolution (data2vec); group: one group norm behind the first (wav2vec 2.0)."""
+    position_depth: int = 5
+    """Layers of the convolutional positions (fairseq pos_conv_depth)."""
+    position_kernel: int = 19
+    """Their kernel (fairseq conv_pos 95 over 5 layers)."""
+    position_groups: int = 16
+    """Their groups; must divide model.width."""
+    normalise: bool = True
+    """Every waveform to mean 0 and variance 1 over its whole length, before it is cropped."""
+    min_seconds: float = 2.0
+    """Shorter recordings are left out (fairseq min_sample_size 32,000)."""
+    max_seconds: float = 20.0
+    """Longer ones are cropped at random (fairseq max_sample_size 320,000)."""
+
+
+@dataclass(frozen=True)
 class AugmentConfig:
     """Image augmentation: the same view goes to teacher and student."""
 
@@ -86,10 +115,11 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Which positions are hidden from the student. For images: blocks of patches (BEiT's generator)."""
+    """Which positions are hidden from the student. Images: blocks of patches (BEiT's generator); speech: spans."""
 
     ratio: float = 0.5
     """Hidden fraction of the positions. For images an upper bound: round(ratio x patches) is the generator's budget.
+    For speech, ratio x frames / span spans are drawn, which overlap (0.65 hides about 0.49).
     0 hides nothing, so nothing is learned: a control."""
     min_block: int = 4
     """Smallest block in patches (BEiT and fairseq: 16 of 196)."""
@@ -97,6 +127,13 @@ class MaskConfig:
     """Largest block in patches; null: no limit."""
     min_aspect: float = 0.3
     """Smallest aspect ratio of a block; the largest is its inverse; log-uniform between."""
+    span: int = 10
+    """Speech: frames of a span (fairseq mask_length)."""
+    min_spans: int = 1
+    """Speech: spans drawn at least (fairseq min_masks)."""
+    equal_counts: bool = True
+    """Speech: every sample of a micro-batch hides as many frames as the one that hides fewest: random others are
+    shown again (fairseq require_same_masks)."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +142,18 @@ class TargetsConfig:
 
     layers: int = 3
     """K: how many of the teacher's last blocks are averaged."""
-    tensor: Literal["ffn", "block"] = "block"
-    """Which tensor of a block: the feed-forward output before the residual sum, or the block's output."""
+    tensor: Literal["attention", "ffn", "ffn_residual", "block"] = "block"
+    """Which tensor of a block: the attention's output or the feed-forward network's, each before its residual sum, the
+    sum behind the latter, or the block's output (which differs from that sum where norms come last)."""
     layer_norm: Norm = "none"
     """Normalisation of each layer before averaging: layer (over channels) or instance (over time)."""
     average_norm: Norm = "layer"
     """Normalisation of the average."""
+    average: bool = True
+    """Regress the average of the K layers. False (ablation): each layer by a projection of its own, model.head_layers
+    deep, from the same features; the loss is the mean over layers."""
+    padding: Literal["exclude", "include"] = "exclude"
+    """Whether instance norm's statistics take in padded positions; fairseq includes them."""
     shuffle: bool = False
     """Control experiment: permute targets over the masked positions of the micro-batch, so nothing can be learned."""
 
@@ -125,6 +168,11 @@ class LossConfig:
     """Where smooth L1 turns from quadratic to linear."""
     scale: Literal["rsqrt_width", "mean", "sum"] = "rsqrt_width"
     """Factor on the sum over channels: 1/sqrt(D) (fairseq), 1/D (BEiT fork: a plain mean), or 1."""
+    variance_weight: float = 0.0
+    """Weight of VICReg's variance term on the predictions of a micro-batch (BEiT fork var_w0): the mean over channels
+    of max(0, variance_margin - standard deviation). 0 leaves it out, as all released models do."""
+    variance_margin: float = 0.5
+    """Standard deviation that the term asks for (BEiT fork var_margin0)."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +187,11 @@ class TeacherConfig:
     """Decay from decay_steps on."""
     decay_steps: int | None = None
     """Updates over which the decay rises linearly; null: train.steps."""
+    copied: tuple[Literal["positions", "norm"], ...] = ()
+    """Parts of the encoder that are the student's as they are, rather than averaged: convolutional positions (speech,
+    fairseq ema_layers_only), the norm before the first block."""
+    context: float = 1.0
+    """Ablation: the teacher's positions attend to the nearest fraction of the input only (paper, section 5)."""
     resident: bool = False
     """ZeRO-3 only: keep the teacher's forward weights whole on every rank. They are then gathered once per step, not by
     every micro-batch; worth the memory where a rank computes several micro-batches per step."""
@@ -223,6 +276,9 @@ class DataConfig:
     """Budget of one micro-batch."""
     workers: int = 1
     """Decoding processes per rank; 0 decodes in the training process."""
+    bucket_ratio: float = 1.1
+    """Speech: samples of a micro-batch come from one length bucket, whose longest is at most this much longer than its
+    shortest; all are cropped to the micro-batch's shortest."""
     window: int = 8
     """Shards that are shuffled together: larger mixes better, smaller reads more sequentially."""
     trace: bool = False
@@ -303,10 +359,11 @@ class ParallelConfig:
 class Config:
     """megad2v: data2vec pretraining."""
 
-    modality: Literal["vision"] = "vision"
+    modality: Literal["vision", "speech"] = "vision"
     """What is learned from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
+    speech: SpeechConfig = field(default_factory=SpeechConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     targets: TargetsConfig = field(default_factory=TargetsConfig)

@@ -46,6 +46,8 @@ def _model(config: Config) -> list[str]:
     for key in ("dropout", "attention_dropout", "drop_path", "layer_drop"):
         if not 0 <= getattr(model, key) < 1:
             problems.append(f"model.{key}: expected a probability in [0, 1), got {getattr(model, key)}")
+    if model.deep_norm and model.norm != "post":
+        problems.append("model.deep_norm: scales the residual stream before post-norms; set model.norm post")
     if vision.patch_size < 1 or vision.image_size < 1 or vision.image_size % vision.patch_size:
         problems.append(
             f"vision.image_size: {vision.image_size} is not a multiple of vision.patch_size {vision.patch_size}"
@@ -80,6 +82,16 @@ def _objective(config: Config) -> list[str]:
         value = getattr(config.teacher, key)
         if not 0 <= value <= 1:
             problems.append(f"teacher.{key}: expected a decay in [0, 1], got {value}")
+    if not 0 < config.teacher.context <= 1:
+        problems.append(f"teacher.context: expected a fraction above 0, at most 1, got {config.teacher.context}")
+    if "positions" in config.teacher.copied and config.modality != "speech":
+        problems.append(f"teacher.copied: positions are a part of speech encoders, not of {config.modality}")
+    if not config.targets.average and config.model.head_layers == 0:
+        problems.append(
+            "targets.average: false needs a projection for each layer; set model.head_layers to 1 or 2, got 0"
+        )
+    if config.loss.variance_weight < 0 or config.loss.variance_margin < 0:
+        problems.append("loss.variance_weight and loss.variance_margin must be at least 0")
     if config.teacher.decay_steps is not None and config.teacher.decay_steps < 0:
         problems.append(f"teacher.decay_steps: expected null or at least 0, got {config.teacher.decay_steps}")
     augment = config.augment

@@ -197,7 +197,7 @@ class Guard:
     def _encoder(self, prefix: str, blocks: Sequence[int]) -> list[str]:
         norm, run = f"{prefix}encoder.norm", [f"{prefix}encoder.blocks.{block}" for block in blocks]
         body = [*run, norm] if self._pre_norm[prefix] else [norm, *run]
-        return [f"{prefix}encoder.relative_bias", *body]
+        return [f"{prefix}encoder.relative_bias", f"{prefix}encoder.positions", *body]
 
     def _about_to_run(self, name: str, module: nn.Module, arguments: object) -> None:
         watch = self.watch
@@ -229,7 +229,7 @@ class Guard:
 
 def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose order is enforced: together they hold every parameter."""
-    for name in ("front_end", "encoder.relative_bias", "encoder.norm", "head"):
+    for name in ("front_end", "encoder.relative_bias", "encoder.positions", "encoder.norm", "head"):
         module = model
         for part in name.split("."):
             module = getattr(module, part, None)

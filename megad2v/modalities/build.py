@@ -10,7 +10,7 @@ from megad2v.config.schema import Config
 from megad2v.modalities.vision.front_end import VisionFrontEnd
 from megad2v.models.data2vec import ObjectiveSpec, Student, Teacher
 from megad2v.models.encoder import Encoder
-from megad2v.models.heads import regression_head
+from megad2v.models.heads import HeadPerLayer, regression_head
 from megad2v.models.initialise import INIT_SCHEMES
 from megad2v.models.layers import Layers
 
@@ -25,6 +25,11 @@ FRONT_ENDS: dict[str, Callable[[Config], nn.Module]] = {"vision": _vision}
 def positions(config: Config) -> int:
     """T: maskable positions of one sample (patches of an image)."""
     return (config.vision.image_size // config.vision.patch_size) ** 2
+
+
+def _grid(config: Config) -> int | None:
+    """Side of the square that the positions form, None for a sequence."""
+    return config.vision.image_size // config.vision.patch_size if config.modality == "vision" else None
 
 
 def build_encoder(config: Config, layers: Layers | None = None) -> Encoder:
@@ -43,24 +48,37 @@ def build_encoder(config: Config, layers: Layers | None = None) -> Encoder:
         attention_dropout=model.attention_dropout,
         drop_path=model.drop_path,
         weight=INIT_SCHEMES[model.init].encoder,
-        grid=config.vision.image_size // config.vision.patch_size if model.relative_bias else None,
+        deep_norm=model.deep_norm,
+        grid=_grid(config) if model.relative_bias else None,
         layers=layers,
     )
 
 
 def objective(config: Config) -> ObjectiveSpec:
     """`targets.*` and `loss.*` as the models take them."""
-    targets, loss = config.targets, config.loss
+    targets, loss, teacher = config.targets, config.loss, config.teacher
     return ObjectiveSpec(
         layers=targets.layers,
         tensor=targets.tensor,
         layer_norm=targets.layer_norm,
         average_norm=targets.average_norm,
+        average=targets.average,
+        padding=targets.padding,
         shuffle=targets.shuffle,
         kind=loss.kind,
         beta=loss.beta,
         scale=loss.scale,
+        variance_weight=loss.variance_weight,
+        variance_margin=loss.variance_margin,
+        context=teacher.context,
     )
+
+
+def _head(config: Config) -> nn.Module:
+    model, scheme = config.model, INIT_SCHEMES[config.model.init]
+    if config.targets.average:
+        return regression_head(model.width, model.head_layers, scheme)
+    return HeadPerLayer(model.width, model.head_layers, config.targets.layers, scheme)
 
 
 def build_student(config: Config, layers: Layers | None = None) -> Student:
@@ -68,7 +86,7 @@ def build_student(config: Config, layers: Layers | None = None) -> Student:
     return Student(
         FRONT_ENDS[config.modality](config),
         build_encoder(config, layers),
-        regression_head(config.model.width, config.model.head_layers, INIT_SCHEMES[config.model.init]),
+        _head(config),
         objective(config),
     )
 
@@ -77,4 +95,4 @@ def build_teacher(config: Config, layers: Layers | None = None) -> Teacher:
     """The averaged copy of what `teacher.scope` names. Its parameters are called as in the student."""
     front_end = FRONT_ENDS[config.modality](config)
     own = front_end if config.teacher.scope == "model" else None
-    return Teacher(build_encoder(config, layers), own, objective(config), front_end.prefix_tokens)
+    return Teacher(build_encoder(config, layers), own, objective(config), front_end.prefix_tokens, _grid(config))

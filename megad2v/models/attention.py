@@ -59,6 +59,26 @@ def relative_index(grid: int) -> Tensor:
     return index
 
 
+def outside_context(positions: int, fraction: float, *, grid: int | None, prefix: int, device: torch.device) -> Tensor:
+    """Which of the others a position may not attend to when only the nearest `fraction` of the input is its context.
+
+    Returns bool (T, T), T = prefix + positions, True where row i may not see column j. Nearest: within fraction x
+    positions of a sequence, or within a square of that area on a grid, centred on i. Prefix tokens see everything and
+    are seen by none but themselves, since they would carry the whole input to all.
+    """
+    hidden = torch.zeros(prefix + positions, prefix + positions, dtype=torch.bool, device=device)
+    index = torch.arange(positions, device=device)
+    if grid is None:
+        distance, reach = (index[:, None] - index[None]).abs(), fraction * positions / 2
+    else:
+        rows, columns = index // grid, index % grid
+        distance = torch.maximum((rows[:, None] - rows[None]).abs(), (columns[:, None] - columns[None]).abs())
+        reach = fraction**0.5 * grid / 2
+    hidden[prefix:, prefix:] = distance > reach
+    hidden[prefix:, :prefix] = True
+    return hidden
+
+
 class RelativePositionBias(nn.Module):
     """A learned bias per head and relative offset on a square grid of patches with one CLS token in front.
 

@@ -37,12 +37,11 @@ def drop_path(x_btd: Tensor, rate: float, training: bool) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each a residual branch. Returns the block's output and the MLP branch before its sum.
+    """Attention and MLP, each a residual branch.
 
-    pre:  x += branch(attn(LN1 x));  f = branch(mlp(LN2 x));  x += f      branch = layer scale, dropout, drop path
-    post: x = LN1(x + branch(attn x));  f = mlp x;  x = LN2(x + branch f)
-    Spec 1.4, 3.2. The second tensor is `f`: data2vec's FFN target. Sources differ in where it is taken: after layer
-    scale and drop path for vision (pre), before dropout for speech and text (post).
+    pre:  a = branch(attn(LN1 x));  x += a;  f = branch(mlp(LN2 x));  x += f
+    post: a = attn x;  x = LN1(r x + branch a);  f = mlp x;  x = LN2(r x + branch f)
+    with branch = layer scale, dropout, drop path (spec 1.4, 3.2), and r = `residual_scale`: 1, or DeepNorm's.
     """
 
     def __init__(
@@ -61,9 +60,11 @@ class Block(nn.Module):
         drop_path: float,
         weight: Initialiser,
         output_weight: Initialiser,
+        qkv_weight: Initialiser | None = None,
+        residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.pre_norm = norm == "pre"
+        self.pre_norm, self.residual_scale = norm == "pre", residual_scale
         self.dropout, self.drop_path = dropout, drop_path
         self.draws = layers.residual_draws if dropout else nullcontext
         self.attention_norm = layers.norm(width, eps)
@@ -73,7 +74,7 @@ class Block(nn.Module):
             heads,
             qkv_bias=qkv_bias,
             dropout=attention_dropout,
-            weight=weight,
+            weight=qkv_weight or weight,
             output_weight=output_weight,
         )
         self.mlp_norm = layers.norm(width, eps)
@@ -87,12 +88,24 @@ class Block(nn.Module):
             x_btd = F.dropout(x_btd, self.dropout, self.training)
         return drop_path(x_btd, self.drop_path, self.training)
 
-    def forward(self, x_btd: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, D), logit bias broadcastable to (B, heads, T, T) -> block output, FFN branch; both (B, T, D)."""
+    def forward(self, x_btd: Tensor, bias: Tensor | None, tensor: str = "block") -> tuple[Tensor, Tensor]:
+        """x (B, T, D), logit bias broadcastable to (B, heads, T, T) -> the block's output and its `tensor`, (B, T, D).
+
+        `tensor`: "attention" and "ffn" are a and f above, "ffn_residual" the sum behind f, "block" the output. Sources
+        take f after layer scale and drop path for vision (pre), before dropout for speech and text (post).
+        """
         if self.pre_norm:
-            x_btd = x_btd + self._drop(self.attention_scale(self.attention(self.attention_norm(x_btd), bias)))
+            attention = self._drop(self.attention_scale(self.attention(self.attention_norm(x_btd), bias)))
+            x_btd = x_btd + attention
             branch = self._drop(self.mlp_scale(self.mlp(self.mlp_norm(x_btd))))
-            return x_btd + branch, branch
-        x_btd = self.attention_norm(x_btd + self._drop(self.attention_scale(self.attention(x_btd, bias))))
-        branch = self.mlp_scale(self.mlp(x_btd))
-        return self.mlp_norm(x_btd + self._drop(branch)), branch
+            output = total = x_btd + branch
+        else:
+            attention = self.attention_scale(self.attention(x_btd, bias))
+            x_btd = self.attention_norm(self._residual(x_btd) + self._drop(attention))
+            branch = self.mlp_scale(self.mlp(x_btd))
+            total = self._residual(x_btd) + self._drop(branch)
+            output = self.mlp_norm(total)
+        return output, {"attention": attention, "ffn": branch, "ffn_residual": total, "block": output}[tensor]
+
+    def _residual(self, x_btd: Tensor) -> Tensor:
+        return x_btd if self.residual_scale == 1.0 else self.residual_scale * x_btd

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megad2v.models.attention import outside_context
 from megad2v.models.encoder import Encoder
-from megad2v.models.objective import average_targets, regression_loss
+from megad2v.models.objective import layer_targets, regression_loss, variance_loss
 
 Targets = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(raw inputs, student's clean view, padding) -> targets (B, T, D), float32, no gradient."""
@@ -32,16 +33,30 @@ class ObjectiveSpec:
     kind: str
     beta: float
     scale: str
+    average: bool = True
+    padding: str = "exclude"
     shuffle: bool = False
+    variance_weight: float = 0.0
+    variance_margin: float = 0.5
+    context: float = 1.0
+    """Fraction of the input that the teacher's positions attend to."""
 
 
 class Teacher(nn.Module):
     """The averaged copy: an encoder, and its own front end where the recipe averages that too (`scope` "model")."""
 
-    def __init__(self, encoder: Encoder, front_end: nn.Module | None, spec: ObjectiveSpec, prefix_tokens: int) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        front_end: nn.Module | None,
+        spec: ObjectiveSpec,
+        prefix_tokens: int,
+        grid: int | None = None,
+    ) -> None:
+        """`grid`: side of the square that the positions form, None for a sequence."""
         super().__init__()
         self.encoder, self.front_end = encoder, front_end
-        self.spec, self.prefix_tokens = spec, prefix_tokens
+        self.spec, self.prefix_tokens, self.grid = spec, prefix_tokens, grid
         self.requires_grad_(False)
         self.eval()
 
@@ -51,15 +66,26 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, inputs: Tensor, clean_btd: Tensor, padding_bt: Tensor | None = None) -> Tensor:
-        """Targets (B, T, D), float32, without the prefix tokens.
+        """Targets (B, T, D), or (B, T, K, D) where each layer is a target, float32, without the prefix tokens.
 
-        `clean_btd` is the student's unmasked view, used where the front end is shared.
+        `clean_btd` is the student's unmasked view, used where the front end is shared; `padding_bt` with prefix tokens.
         """
+        spec, prefix = self.spec, self.prefix_tokens
         if self.front_end is not None:
             clean_btd = self.front_end(inputs, None)[1]
-        _, layers = self.encoder(clean_btd, padding_bt, last=self.spec.layers, tensor=self.spec.tensor)
-        layers = [layer[:, self.prefix_tokens :] for layer in layers]
-        return average_targets(layers, layer_norm=self.spec.layer_norm, average_norm=self.spec.average_norm)
+        hidden_tt = None
+        if spec.context < 1.0:
+            positions = clean_btd.shape[1] - prefix
+            hidden_tt = outside_context(positions, spec.context, grid=self.grid, prefix=prefix, device=clean_btd.device)
+        _, layers = self.encoder(clean_btd, padding_bt, last=spec.layers, tensor=spec.tensor, hidden_tt=hidden_tt)
+        left_out = padding_bt[:, prefix:] if padding_bt is not None and spec.padding == "exclude" else None
+        return layer_targets(
+            [layer[:, prefix:] for layer in layers],
+            layer_norm=spec.layer_norm,
+            average_norm=spec.average_norm,
+            average=spec.average,
+            padding_bt=left_out,
+        )
 
 
 class Student(nn.Module):
@@ -94,11 +120,15 @@ class Student(nn.Module):
         encoded_btd, _ = self.encoder(masked_btd, self._with_prefix(padding_bt), run=run)
         prediction_nd = self.head(encoded_btd[:, self.prefix_tokens :][mask_bt])
         target_nd = target_btd[mask_bt]
-        if self.spec.shuffle and self.training:  # what was learned is still validated against the true targets
+        spec = self.spec
+        if spec.shuffle and self.training:  # what was learned is still validated against the true targets
             target_nd = target_nd[torch.randperm(len(target_nd), device=target_nd.device)]
-        loss = regression_loss(
-            prediction_nd, target_nd, kind=self.spec.kind, beta=self.spec.beta, scale=self.spec.scale
-        )
+        loss = regression_loss(prediction_nd, target_nd, kind=spec.kind, beta=spec.beta, scale=spec.scale)
+        if spec.variance_weight > 0:
+            # Times n, since the sum of the step is divided by its count: the mean over micro-batches, by their counts.
+            loss = loss + spec.variance_weight * len(prediction_nd) * variance_loss(prediction_nd, spec.variance_margin)
+        if not spec.average:  # statistics are of (n, D)
+            prediction_nd, target_nd = prediction_nd.mean(dim=1), target_nd.mean(dim=1)
         return loss, prediction_nd.detach().float(), target_nd.detach()
 
     def features(self, inputs: Tensor, padding_bt: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -12,17 +13,24 @@ from torch import Tensor, nn
 
 from megad2v.models.attention import RelativePositionBias
 from megad2v.models.block import Block
-from megad2v.models.initialise import FAIRSEQ, Initialiser, scaled
+from megad2v.models.initialise import FAIRSEQ, Initialiser, scaled, values_scaled
 from megad2v.models.layers import Layers, VanillaLayers
+
+
+def deep_norm_scales(depth: int) -> tuple[float, float]:
+    """DeepNorm for an encoder of `depth` post-norm blocks (arXiv:2203.00555, section 4): the factor on the residual
+    stream before each norm, and the one on the initial value, output and MLP weights."""
+    return (2 * depth) ** 0.25, (8 * depth) ** -0.25
 
 
 class Encoder(nn.Module):
     """Blocks with a shared relative position bias; one affine norm after the last block (pre-norm) or before the
-    first (post-norm).
+    first (post-norm, with dropout behind it).
 
-    `grid` is the side of the patch grid for the relative bias, None without one.
+    `grid` is the side of the patch grid for the relative bias, None without one. `positions` makes from (B, T, D) what
+    is added to it before all else (speech's convolutions).
     `weight` starts every matrix; in pre-norm models output weights of block l (from 1) start divided by sqrt(2 l), as
-    BEiT and fairseq do.
+    BEiT and fairseq do. `deep_norm`: see `deep_norm_scales`.
     """
 
     def __init__(
@@ -40,12 +48,16 @@ class Encoder(nn.Module):
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         grid: int | None = None,
+        positions: nn.Module | None = None,
         weight: Initialiser = FAIRSEQ.encoder,
+        deep_norm: bool = False,
         layers: Layers | None = None,
     ) -> None:
         super().__init__()
         self.layers = layers = layers or VanillaLayers()
-        self.pre_norm = norm == "pre"
+        self.pre_norm, self.dropout = norm == "pre", dropout
+        self.positions = positions
+        alpha, beta = deep_norm_scales(depth) if deep_norm else (1.0, 1.0)
         self.relative_bias = RelativePositionBias(layers, grid, heads) if grid is not None else None
         rates = [drop_path * position / max(1, depth - 1) for position in range(depth)]
         self.blocks = nn.ModuleList(
@@ -61,14 +73,18 @@ class Encoder(nn.Module):
                 dropout=dropout,
                 attention_dropout=attention_dropout,
                 drop_path=rate,
-                weight=weight,
-                output_weight=scaled(weight, 1.0 / math.sqrt(2 * number)) if self.pre_norm else weight,
+                weight=scaled(weight, beta),
+                output_weight=scaled(weight, 1.0 / math.sqrt(2 * number) if self.pre_norm else beta),
+                qkv_weight=values_scaled(weight, heads, beta),
+                residual_scale=alpha,
             )
             for number, rate in enumerate(rates, start=1)
         )
         self.norm = layers.norm(width, eps)
 
-    def _logit_bias(self, x_btd: Tensor, padding_bt: Tensor | None, extra: int) -> Tensor | None:
+    def _logit_bias(
+        self, x_btd: Tensor, padding_bt: Tensor | None, hidden_tt: Tensor | None, extra: int
+    ) -> Tensor | None:
         """`extra` positions follow the sequence; nobody attends to them."""
         bias = None
         if self.relative_bias is not None:
@@ -77,11 +93,11 @@ class Encoder(nn.Module):
             # One row serves all samples where none has padding of its own.
             real_bt = x_btd.new_zeros(1, x_btd.shape[1], dtype=torch.bool) if padding_bt is None else padding_bt
             padding_bt = F.pad(real_bt, (0, extra), value=True)
-        if padding_bt is None:
-            return bias
-        hidden = torch.zeros(padding_bt.shape, dtype=x_btd.dtype, device=x_btd.device)
-        hidden = hidden.masked_fill(padding_bt, float("-inf"))[:, None, None, :]
-        return hidden if bias is None else bias + hidden
+        if hidden_tt is not None:
+            bias = _add(bias, _blocked(F.pad(hidden_tt, (0, extra, 0, extra)), x_btd.dtype)[None, None])
+        if padding_bt is not None:
+            bias = _add(bias, _blocked(padding_bt, x_btd.dtype)[:, None, None, :])
+        return bias
 
     def forward(
         self,
@@ -91,27 +107,48 @@ class Encoder(nn.Module):
         last: int = 0,
         tensor: str = "block",
         run: Collection[int] | None = None,
+        hidden_tt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Encode. Returns the normalised output (B, T, D) and the `tensor` ("block" output or "ffn" branch) of the
-        `last` blocks, bottom up, each (B, T, D). `padding_bt` is True where a position is padding. `run` are the blocks
-        (from 0) that layer drop left in, None for all: another one is passed over as a whole, and yields no tensor.
+        """Encode. Returns the normalised output (B, T, D) and the `tensor` (see `Block.forward`) of the `last` blocks,
+        bottom up, each (B, T, D). `padding_bt` is True where a position is padding. `run` are the blocks (from 0) that
+        layer drop left in, None for all: another one is passed over as a whole, and yields no tensor. `hidden_tt` is
+        True where a position (row) may not attend to another (column).
         """
         length = x_btd.shape[1]
         extra = -length % self.layers.sequence_multiple
-        bias = self._logit_bias(x_btd, padding_bt, extra)
+        bias = self._logit_bias(x_btd, padding_bt, hidden_tt, extra)
+        if self.positions is not None:
+            if padding_bt is not None:
+                x_btd = x_btd.masked_fill(padding_bt.unsqueeze(-1), 0)  # so that no sample's end depends on the batch
+            x_btd = x_btd + self.positions(x_btd)
         x_btd = self.layers.split_sequence(F.pad(x_btd, (0, 0, 0, extra)) if extra else x_btd)
         if not self.pre_norm:
-            x_btd = self.norm(x_btd)
+            x_btd = self._dropped(self.norm(x_btd))
         kept: list[Tensor] = []
         for position, block in enumerate(self.blocks, start=1):
             if run is not None and position - 1 not in run:
                 continue
-            x_btd, branch = block(x_btd, bias)
-            if position > len(self.blocks) - last:
-                kept.append(x_btd if tensor == "block" else branch)
+            wanted = position > len(self.blocks) - last
+            x_btd, kept_btd = block(x_btd, bias, tensor if wanted else "block")
+            if wanted:
+                kept.append(kept_btd)
         x_btd = self.norm(x_btd) if self.pre_norm else x_btd
         return self._whole(x_btd, length), [self._whole(layer_btd, length) for layer_btd in kept]
+
+    def _dropped(self, x_btd: Tensor) -> Tensor:
+        """Dropout on what enters the first block (post-norm models: spec 1.4, 2.3)."""
+        with self.layers.residual_draws() if self.dropout else nullcontext():
+            return F.dropout(x_btd, self.dropout, self.training)
 
     def _whole(self, x_btd: Tensor, length: int) -> Tensor:
         """The sequence without what was added to its end."""
         return self.layers.join_sequence(x_btd)[:, :length]
+
+
+def _blocked(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where True, else 0."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
+
+
+def _add(bias: Tensor | None, more: Tensor) -> Tensor:
+    return more if bias is None else bias + more

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from megad2v.models.initialise import FAIRSEQ, InitScheme
 from megad2v.models.layers import ColumnLinear
+
+
+class HeadPerLayer(nn.Module):
+    """One regression head for each of the K target layers (ablation, `targets.average` false)."""
+
+    def __init__(self, width: int, depth: int, layers: int, scheme: InitScheme = FAIRSEQ) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(regression_head(width, depth, scheme) for _ in range(layers))
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        """(n, D) -> (n, K, D)."""
+        return torch.stack([head(x_nd) for head in self.heads], dim=1)
 
 
 def regression_head(width: int, depth: int, scheme: InitScheme = FAIRSEQ) -> nn.Module:

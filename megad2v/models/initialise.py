@@ -61,6 +61,16 @@ def scaled(initialiser: Initialiser, factor: float) -> Initialiser:
     return initialise
 
 
+def values_scaled(initialiser: Initialiser, heads: int, factor: float) -> Initialiser:
+    """The fused weight (heads, 3, head_dim) of query, key and value, of which the value's part is times `factor`."""
+
+    def initialise(value: Tensor, generator: torch.Generator) -> None:
+        initialiser(value, generator)
+        value.view(heads, 3, -1)[:, 2] *= factor
+
+    return initialise
+
+
 def normal(std: float) -> Initialiser:
     """Normal(0, std)."""
 

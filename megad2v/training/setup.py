@@ -77,7 +77,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
         world=world,
         directory=directory,
         engine=engine,
-        teacher=ShardedTeacher(engine),
+        teacher=ShardedTeacher(engine, copied=[f"encoder.{part}." for part in config.teacher.copied]),
         loader=loader,
         valid=valid,
         throughput=Throughput(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from megad2v.config.schema import Config
 from megad2v.modalities.build import build_student, build_teacher
 from megad2v.models.data2vec import Student, Teacher
-from megad2v.models.objective import average_targets
+from megad2v.models.objective import layer_targets, regression_loss
 from tests.checkpoints import perturb_, small_config
 from tests.tolerances import FORMULA
 from tests.unit.model_helpers import close
@@ -91,7 +92,7 @@ def test_targets_are_the_top_layers_without_cls(scope: str, tensor: str) -> None
     assert targets.shape == (2, 16, 24)
     top = [outputs[("block", "ffn").index(tensor)][:, 1:] for outputs in seen[-2:]]
     assert len(seen) == config.model.depth
-    assert torch.equal(targets, average_targets(top, layer_norm="none", average_norm="instance"))
+    assert torch.equal(targets, layer_targets(top, layer_norm="none", average_norm="instance"))
     # With scope "model" the teacher embeds the pixels itself; else it takes what it is given.
     assert torch.equal(teacher(pixels(), clean + 1), targets) == (scope == "model")
     assert torch.equal(teacher(pixels(2), clean), targets) == (scope == "encoder")
@@ -154,3 +155,66 @@ def test_padding_with_relative_bias_and_prefix() -> None:
     whole = student(images, mask, teacher)[0]
     assert not close(whole, student(changed, mask, teacher)[0], FORMULA)
     assert close(whole, student(images, mask, teacher, torch.zeros_like(padding))[0], FORMULA)
+
+
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "K": {"targets": {"layers": 2}},
+    "attention output": {"targets": {"tensor": "attention"}},
+    "FFN output": {"targets": {"tensor": "ffn"}},
+    "FFN output and residual": {"targets": {"tensor": "ffn_residual"}},
+    "a projection per layer": {"targets": {"average": False}},
+    "teacher context": {"teacher": {"context": 0.3}},
+    "variance regularisation": {"loss": {"variance_weight": 1.0}},
+    "DeepNorm": {"model": {"deep_norm": True}},
+}
+"""The paper's switches, as keys of the configuration, each against the same post-norm model."""
+
+
+def ablated(**sections: dict[str, Any]) -> tuple[float, Tensor]:
+    """Loss and targets of one micro-batch."""
+    config = small_config(norm="post", head_layers=1)
+    config = replace(config, **{
+        name: replace(getattr(config, name), **values) for name, values in sections.items()
+    })  # fmt: skip
+    student, teacher = pair(config)
+    masks = torch.zeros(2, 1, 16, dtype=torch.bool)
+    masks[:, :, 3:9] = True
+    loss, _, targets = student(pixels(), masks, teacher)
+    return float(loss), targets
+
+
+@pytest.mark.parametrize("switch", ABLATIONS)
+def test_ablation_switches_change_the_outcome(switch: str) -> None:
+    before, targets = ablated()
+    after, other = ablated(**ABLATIONS[switch])
+    assert abs(after - before) > 1e-4 * abs(before)
+    same = switch == "variance regularisation"  # the one that is about predictions alone
+    assert torch.equal(targets, other) == same
+    assert ablated(**ABLATIONS[switch])[0] == after
+
+
+def test_every_layer_by_its_own_projection() -> None:
+    """The loss is the mean over layers of what each head leaves, and every head learns."""
+    config = small_config(head_layers=1)
+    config = replace(config, targets=replace(config.targets, average=False, layers=2))
+    student, teacher = build_student(config), build_teacher(config)
+    for seed, model in enumerate((student, teacher)):
+        perturb_(model, seed)
+    student.requires_grad_(True)
+    masks = torch.zeros(2, 1, 16, dtype=torch.bool)
+    masks[:, :, 3:9] = True
+    loss, predictions, targets = student(pixels(), masks, teacher)
+    assert predictions.shape == targets.shape == (12, 24)
+    encoded = student.encoder(student.front_end(pixels(), masks[:, 0])[0])[0][:, 1:][masks[:, 0]]
+    truth = teacher(pixels(), teacher_view(student), None)[masks[:, 0]]
+    each = [
+        regression_loss(head(encoded), truth[:, number], kind="smooth_l1", beta=2.0, scale="rsqrt_width")
+        for number, head in enumerate(student.head.heads)
+    ]
+    assert loss.item() == pytest.approx(sum(part.item() for part in each) / 2, rel=1e-6)
+    loss.backward()
+    assert all(head.weight.grad.norm() > 0 for head in student.head.heads)
+
+
+def teacher_view(student: Any) -> Tensor:
+    return student.front_end(pixels(), None)[1].detach()

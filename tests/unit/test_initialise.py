@@ -138,3 +138,16 @@ def test_tokens_start_as_in_fairseq() -> None:
     initialise_(tokens, 1)
     assert tokens.mask_token.std().item() == pytest.approx(0.88, rel=5 * SPREAD)
     assert not torch.equal(tokens.mask_token, tokens.cls_token)
+
+
+def test_deep_norm_starts_smaller() -> None:
+    """Values, outputs and MLPs times (8 N)^(-1/4), query and key not (arXiv:2203.00555)."""
+    plain, deep = (values(build_encoder(small_config(norm="post", deep_norm=d, depth=2)), 1) for d in (False, True))
+    factor = 16**-0.25
+    for number in range(2):
+        block = f"blocks.{number}."
+        for name in ("attention.output.weight", "mlp.input.weight", "mlp.output.weight"):
+            torch.testing.assert_close(deep[block + name], plain[block + name] * factor)
+        ours, theirs = (v[f"{block}attention.qkv.weight"].unflatten(0, (3, 3, -1)) for v in (deep, plain))
+        assert torch.equal(ours[:, :2], theirs[:, :2])
+        torch.testing.assert_close(ours[:, 2], theirs[:, 2] * factor)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megad2v.models.attention import RelativePositionBias, relative_index
+from megad2v.models.attention import RelativePositionBias, outside_context, relative_index
 from megad2v.models.block import Block, drop_path
 from megad2v.models.encoder import Encoder
 from megad2v.models.initialise import zeros
@@ -59,15 +59,20 @@ def mlp_formula(x: Tensor, mlp: Any) -> Tensor:
     return (0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))) @ mlp.output.weight + mlp.output.bias
 
 
-def block_formula(x: Tensor, one: Block, bias: Tensor | None, *, pre: bool) -> tuple[Tensor, Tensor]:
+def block_formula(x: Tensor, one: Block, bias: Tensor | None, *, pre: bool, residual: float = 1.0) -> dict[str, Tensor]:
     first, second = (getattr(scale, "gamma", 1.0) for scale in (one.attention_scale, one.mlp_scale))
     if pre:
-        x = x + first * attention_formula(norm_formula(x, one.attention_norm), one.attention, bias)
+        attention = first * attention_formula(norm_formula(x, one.attention_norm), one.attention, bias)
+        x = x + attention
         branch = second * mlp_formula(norm_formula(x, one.mlp_norm), one.mlp)
-        return x + branch, branch
-    x = norm_formula(x + first * attention_formula(x, one.attention, bias), one.attention_norm)
+        return {"attention": attention, "ffn": branch, "ffn_residual": x + branch, "block": x + branch}
+    attention = first * attention_formula(x, one.attention, bias)
+    x = norm_formula(residual * x + attention, one.attention_norm)
     branch = second * mlp_formula(x, one.mlp)
-    return norm_formula(x + branch, one.mlp_norm), branch
+    total = residual * x + branch
+    return {
+        "attention": attention, "ffn": branch, "ffn_residual": total, "block": norm_formula(total, one.mlp_norm)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
@@ -77,8 +82,11 @@ def block_formula(x: Tensor, one: Block, bias: Tensor | None, *, pre: bool) -> t
 def test_block(norm: str, qkv_bias: str, layer_scale: float | None, biased: bool) -> None:
     one = block(norm, qkv_bias=qkv_bias, layer_scale=layer_scale)
     bias = torch.randn(1, HEADS, TOKENS, TOKENS, dtype=torch.float64) if biased else None
-    for ours, truth in zip(one(tokens(), bias), block_formula(tokens(), one, bias, pre=norm == "pre"), strict=True):
-        assert close(ours, truth)
+    truth = block_formula(tokens(), one, bias, pre=norm == "pre")
+    for tensor, expected in truth.items():
+        output, ours = one(tokens(), bias, tensor)
+        assert close(output, truth["block"])
+        assert close(ours, expected), tensor
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
@@ -87,11 +95,12 @@ def test_encoder_chains_its_blocks(norm: str) -> None:
     encoder = perturb_(Encoder(**SHAPE, depth=3, mlp_ratio=2, norm=norm, layer_scale=0.5, grid=2), 3).double()
     bias = encoder.relative_bias.table[:, relative_index_by_counting(2)][None]
     x = tokens() if norm == "pre" else norm_formula(tokens(), encoder.norm)
-    kept: dict[str, list[Tensor]] = {"block": [], "ffn": []}
+    kept: dict[str, list[Tensor]] = {"attention": [], "ffn": [], "ffn_residual": [], "block": []}
     for one in encoder.blocks:
-        x, branch = block_formula(x, one, bias, pre=norm == "pre")
-        kept["block"].append(x)
-        kept["ffn"].append(branch)
+        made = block_formula(x, one, bias, pre=norm == "pre")
+        x = made["block"]
+        for tensor, value in made.items():
+            kept[tensor].append(value)
     truth = norm_formula(x, encoder.norm) if norm == "pre" else x
     for tensor, expected in kept.items():
         for last in range(4):
@@ -101,7 +110,64 @@ def test_encoder_chains_its_blocks(norm: str) -> None:
             assert all(close(a, b) for a, b in zip(ours, expected[3 - last :], strict=True))
 
 
+def test_deep_norm_scales_the_residual_stream() -> None:
+    """x = LN((2 N)^(1/4) x + branch) in every block of N (arXiv:2203.00555)."""
+    encoder = perturb_(Encoder(**SHAPE, depth=3, mlp_ratio=2, norm="post", deep_norm=True), 3).double()
+    x = norm_formula(tokens(), encoder.norm)
+    for one in encoder.blocks:
+        x = block_formula(x, one, None, pre=False, residual=6**0.25)["block"]
+    assert close(encoder(tokens())[0], x)
+
+
+def test_positions_are_added_first_and_see_no_padding() -> None:
+    positions = torch.nn.Conv1d(WIDTH, WIDTH, 3, padding=1).double()
+
+    class Positions(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return positions(x.transpose(1, 2)).transpose(1, 2)
+
+    encoder = perturb_(Encoder(**SHAPE, depth=2, mlp_ratio=2, norm="post", positions=Positions()), 3).double()
+    without = perturb_(Encoder(**SHAPE, depth=2, mlp_ratio=2, norm="post"), 3).double()
+    x = tokens()
+    assert close(encoder(x)[0], without(x + Positions()(x))[0])
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    assert close(encoder(x, padding)[0][1, :3], encoder(x[1:, :3])[0][0])
+
+
+@pytest.mark.parametrize("grid", [None, 3])
+def test_context_of_the_teacher(grid: int | None) -> None:
+    """A position's output depends on the positions within reach, and on no others; prefix tokens on all."""
+    count, prefix = 9, 1
+    hidden = outside_context(count, 1 / 3, grid=grid, prefix=prefix, device=torch.device("cpu"))
+    reach = {4: {3, 4, 5}, 0: {0, 1}} if grid is None else {4: {4}, 0: {0}}
+    for position, seen in reach.items():
+        row = hidden[prefix + position]
+        assert set((~row[prefix:]).nonzero().flatten().tolist()) == seen
+        assert row[:prefix].all()
+    assert not hidden[0].any()
+    everything = outside_context(count, 8 / 9, grid=3, prefix=0, device=torch.device("cpu"))
+    assert not everything[4].any(), "the centre reaches the whole grid"
+    encoder = perturb_(Encoder(**SHAPE, depth=1, mlp_ratio=2, norm="pre"), 3).double()
+    x, other = tokens(1, 10), tokens(1, 10, seed=2)
+    mixed = x.clone()
+    mixed[:, prefix + 8] = other[:, prefix + 8]
+    ours, again = (encoder(value, hidden_tt=hidden)[0] for value in (x, mixed))
+    blind = hidden[:, prefix + 8]
+    assert torch.equal(ours[:, blind], again[:, blind])
+    assert not torch.equal(ours[:, ~blind], again[:, ~blind])
+
+
 # --- What is random
+
+
+def test_dropout_behind_the_norm_of_post_norm_encoders() -> None:
+    """What enters the first block is dropped too (spec 1.4, 2.3); pre-norm models have no such place."""
+    for norm, dropped in (("post", True), ("pre", False)):
+        encoder = Encoder(**SHAPE, depth=0, mlp_ratio=2, norm=norm, dropout=0.5).double().train()
+        torch.nn.init.ones_(encoder.norm.weight)
+        torch.nn.init.zeros_(encoder.norm.bias)
+        assert bool((encoder(tokens(4))[0] == 0).any()) == dropped
+        assert not (encoder.eval()(tokens(4))[0] == 0).any()
 
 
 def test_drop_path_drops_samples_and_keeps_the_mean() -> None:
@@ -135,7 +201,7 @@ def test_dropout_only_while_training(norm: str, which: str) -> None:
 @pytest.mark.parametrize(("norm", "dropped"), [("pre", True), ("post", False)])
 def test_where_the_ffn_target_is_taken(norm: str, dropped: bool) -> None:
     """Vision (pre) after dropout and drop path, speech and text (post) before: sources differ (spec 1.4, 3.2)."""
-    branch = block(norm, dropout=0.5).train()(tokens(8), None)[1]
+    branch = block(norm, dropout=0.5).train()(tokens(8), None, "ffn")[1]
     assert bool((branch == 0).any()) == dropped
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megad2v.modalities.build import build_student, build_teacher
 from megad2v.models.data2vec import Student
-from megad2v.models.objective import average_targets, regression_loss
+from megad2v.models.objective import layer_targets, regression_loss, variance_loss
 from tests.checkpoints import perturb_, small_config
 from tests.tolerances import FORMULA
 
@@ -49,21 +49,56 @@ def difference(ours: torch.Tensor, truth: Floats) -> float:
 def test_targets(count: int, each: str, average: str) -> None:
     tensors = layers(count)
     truth = formula(np.mean([formula(layer.double().numpy(), each) for layer in tensors], axis=0), average)
-    ours = average_targets(tensors, layer_norm=each, average_norm=average)
+    ours = layer_targets(tensors, layer_norm=each, average_norm=average)
     assert ours.dtype == torch.float32
     assert difference(ours, truth) < FORMULA
 
 
+@pytest.mark.parametrize("each", NORMS)
+@pytest.mark.parametrize("after", NORMS)
+def test_every_layer_a_target(each: str, after: str) -> None:
+    """targets.average false: (B, T, K, D), each layer by itself through both normalisations."""
+    tensors = layers(3)
+    ours = layer_targets(tensors, layer_norm=each, average_norm=after, average=False)
+    for number, layer in enumerate(tensors):
+        assert difference(ours[:, :, number], formula(formula(layer.double().numpy(), each), after)) < FORMULA
+
+
+def test_padding_stays_out_of_instance_norm() -> None:
+    """Targets of a padded sample are those of the sample by itself; fairseq's statistics take the padding in."""
+    padding = torch.zeros(3, 7, dtype=torch.bool)
+    padding[1, 4:] = padding[2, 1:] = True
+    ours = layer_targets(layers(2), layer_norm="instance", average_norm="instance", padding_bt=padding)
+    alone = layer_targets([x[1:2, :4] for x in layers(2)], layer_norm="instance", average_norm="instance")
+    assert difference(ours[1:2, :4], alone.double().numpy()) < FORMULA
+    whole = layer_targets(layers(2), layer_norm="instance", average_norm="instance")
+    assert difference(ours[:1], whole[:1].double().numpy()) < FORMULA
+    assert difference(whole[1:2, :4], alone.double().numpy()) > 0.1
+    assert ours.isfinite().all(), "one frame has no spread"
+
+
+def test_variance_term() -> None:
+    """Mean over channels of max(0, margin - sqrt(unbiased variance + 1e-6)), of one head's predictions or several's."""
+    rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.1, 0.2, 0.4, 0.8, 1, 2])
+    spread = np.sqrt(rows.double().numpy().var(axis=0, ddof=1) + 1e-6)
+    truth = np.maximum(0, 0.5 - spread).mean()
+    assert 0.05 < truth < 0.3
+    assert float(variance_loss(rows, 0.5)) == pytest.approx(truth, rel=FORMULA)
+    assert float(variance_loss(rows.view(25, 2, 6), 0.5)) == pytest.approx(truth, rel=FORMULA)
+    for few in (rows[:0], rows[:1]):
+        assert float(variance_loss(few, 0.5)) == 0.0
+
+
 def test_targets_of_bf16_layers_are_averaged_in_float32() -> None:
     tensors = [layer.bfloat16() for layer in layers(4)]
-    ours = average_targets(tensors, layer_norm="instance", average_norm="layer")
-    assert torch.equal(ours, average_targets([t.float() for t in tensors], layer_norm="instance", average_norm="layer"))
+    ours = layer_targets(tensors, layer_norm="instance", average_norm="layer")
+    assert torch.equal(ours, layer_targets([t.float() for t in tensors], layer_norm="instance", average_norm="layer"))
 
 
 def test_flat_channels_stay_finite() -> None:
     """A collapsed teacher has no spread to divide by: epsilon keeps its targets at zero instead of NaN."""
     flat = torch.full((2, 5, 8), 3.0)
-    assert not average_targets([flat, flat], layer_norm="instance", average_norm="layer").any()
+    assert not layer_targets([flat, flat], layer_norm="instance", average_norm="layer").any()
 
 
 def errors(kind: str, beta: float, difference: Floats) -> Floats:
