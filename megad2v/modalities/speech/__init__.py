@@ -1,0 +1,1 @@
+"""16 kHz waveforms: front end, span masks, transforms, shards, key maps."""
