@@ -1,9 +1,8 @@
 """Our vision parameters under the names of the program that trained the published models, and back.
 
 That is the BEiT fork, facebookresearch/data2vec_vision (beit/modeling_cyclical.py); its checkpoints hold such a state
-dict under "model" for the student and, with each name behind "module.", under "model_ema" for the teacher. Hugging
-Face's released data2vec-vision weights were converted from them. Shapes and layout are those of fairseq's port, which
-renamed what it took over: so do we.
+dict under "model" for the student and under "model_ema" for the teacher, the head included (utils.save_model). Shapes
+and layout are those of fairseq's port, which renamed what it took over: so do we.
 """
 
 from __future__ import annotations
