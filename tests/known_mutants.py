@@ -137,6 +137,20 @@ MUTANTS = (
         "tests/unit/test_schedules.py::test_which_update_has_which_rate",
     ),
     Mutant(
+        "the mask token not decayed with the matrices",
+        "megad2v/engine/setup.py",
+        ' or name.endswith(".mask_token")',
+        "",
+        "tests/parity/test_published.py::test_weight_decay_groups",
+    ),
+    Mutant(
+        "the peak only after the warm-up",
+        "megad2v/training/schedules.py",
+        "if schedule.peak_in_warmup else",
+        "if False else",
+        "tests/parity/test_published.py::test_learning_rates",
+    ),
+    Mutant(
         "one fragment of the teacher not averaged",
         "megad2v/teacher/ema.py",
         "torch._foreach_lerp_(self.averages, self._masters, 1.0 - decay)",

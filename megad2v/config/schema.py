@@ -210,7 +210,8 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     """Decoupled weight decay."""
     decay_all: bool = True
-    """Decay norms, biases and tokens too, as every released data2vec run does; false: matrices only."""
+    """Decay norms, biases and tokens too, as fairseq's released runs do; false: matrices (the bias table is one) and
+    the mask token only, as the BEiT fork does."""
     clip: float = 3.0
     """Largest global gradient norm; 0: no clipping."""
 
@@ -223,6 +224,9 @@ class ScheduleConfig:
     """Shape after warm-up."""
     warmup_steps: int = 0
     """Updates of linear warm-up."""
+    peak_in_warmup: bool = False
+    """The last update of the warm-up has the peak rate already, as has the one after it (BEiT fork; cosine, constant);
+    false: the first update after the warm-up is the first with it (fairseq)."""
     start_lr: float = 0.0
     """Learning rate before the first update (cosine, constant)."""
     min_lr: float = 0.0
