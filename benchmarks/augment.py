@@ -1,4 +1,4 @@
-"""What a training image costs a worker: decoding, colours, crop and resizing, mask; milliseconds per image on one core.
+"""What a training image costs a worker: decoding, colours, crop and resizing, mask; CPU milliseconds per image.
 
     python benchmarks/augment.py ../shared/data/image/clothing_fullsize [--size 224] [--images 200] [--output FILE]
 
@@ -34,12 +34,12 @@ ENHANCE = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contr
 
 
 def milliseconds(action: Callable[[], Any]) -> float:
-    """The fastest of a few calls: other processes can only make a call slower."""
+    """CPU time of the fastest of a few calls: what else runs on the machine can only make a call slower."""
     best = float("inf")
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = time.process_time()
         action()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     return best * 1e3
 
 

@@ -104,11 +104,11 @@ class MaskConfig:
     """Hidden fraction of the positions. For images an upper bound: round(ratio x patches) is the generator's budget
     (published: 120 of 196, 0.6122; fairseq: 75 of 196, 0.3827). 0 hides nothing, so nothing is learned: a control."""
     min_block: int = 4
-    """Smallest area drawn for a block, in patches (BEiT fork and fairseq: 16 of 196). With less room than that left
-    in the budget, areas between the two are drawn."""
+    """Smallest block in patches (BEiT fork and fairseq: 16 of 196). Where less than that is left of the budget, areas
+    between the two are drawn."""
     max_block: int | None = None
-    """Largest area drawn for a block, and most patches that one block may newly hide; null: no limit, which is what
-    the published 196 of 196 means."""
+    """Largest block in patches, and most patches that one block may newly hide; null: no limit, which is what the
+    published 196 of 196 comes to."""
     min_aspect: float = 0.3
     """Smallest height over width of a block; the largest is its inverse; log-uniform between (published: 0.3)."""
 
