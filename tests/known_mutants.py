@@ -132,7 +132,7 @@ MUTANTS = (
     Mutant(
         "box of a flipped image cut from the other side",
         "megad2v/modalities/vision/transforms.py",
-        "(width - right, top, width - left, bottom) if view.flip else view.box",
+        "(width - last, top, width - first, bottom) if view.flip else view.box",
         "view.box",
         f"{AUGMENT}::test_published_operations_byte_for_byte",
     ),

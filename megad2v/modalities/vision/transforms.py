@@ -163,10 +163,10 @@ class VisionTransform:
     def _augmented(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         view = draw_view(*upright_size(image), self._augment, rng)
         full = decoded(image, self._shrink(view.box))
-        # Boxes are drawn in the flipped image; the pixels are cut from the one that is not.
-        width, (left, top, right, bottom) = full.size[0], view.box
-        unflipped = (width - right, top, width - left, bottom) if view.flip else view.box
-        left, top, right, bottom = full.box(unflipped)
+        # The box is drawn in the flipped image; the pixels are cut from the one that is not.
+        first, top, last, bottom = view.box
+        width = full.size[0]
+        left, top, right, bottom = full.box((width - last, top, width - first, bottom) if view.flip else view.box)
         # Whole pixels, since the published crop is a copy: resizing must not blend in what lies around it. Without
         # draft decoding the box already is whole.
         cut = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
