@@ -348,6 +348,8 @@ class TrainConfig:
     """auto: from the newest valid checkpoint in output_dir; never: refuse a directory that has one; or a path."""
     init: str | None = None
     """Checkpoint whose student and teacher weights start a new schedule (step 0, fresh optimizer)."""
+    init_teacher: Literal["teacher", "student"] = "teacher"
+    """With train.init, what the teacher starts from: the checkpoint's teacher, or its student (the BEiT fork)."""
     rendezvous_timeout: float = 300.0
     """Seconds that the ranks wait for each other at the start, before each says which host and port it tried."""
     tensorboard: bool = True

@@ -168,7 +168,7 @@ def test_large_phases_differ_in_the_schedule_alone() -> None:
     """Same model, data and objective; a slower teacher, a shorter warm-up, and the first phase's weights."""
     first, second = (to_yaml(load_config(name)).splitlines() for name in ("vision_large", "vision_large_phase2"))
     differing = {a.split(":")[0].strip() for a, b in zip(first, second, strict=True) if a != b}
-    assert differing == {"decay_start", "decay_end", "warmup_steps", "init", "output_dir"}
+    assert differing == {"decay_start", "decay_end", "warmup_steps", "init", "init_teacher", "output_dir"}
 
 
 @pytest.mark.parametrize("tensor", [2, 4, 8, 16])
