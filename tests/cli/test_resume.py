@@ -110,9 +110,10 @@ def test_refused_resume_leaves_the_run_as_it_was(demo_shards: Path, tmp_path: Pa
         assert {path: path.read_bytes() for path in before} == before
 
     second = [*command, "--train.init", str(run), "--train.output_dir", str(tmp_path / "second")]
-    done = run_command([*second, "--model.head_layers", "1"], timeout=60, cwd=REPOSITORY, ranks=1)
+    done = run_command([*second, "--model.head_layers", "2"], timeout=60, cwd=REPOSITORY, ranks=1)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "weights from" in done.stdout and "missing: head.bias, head.weight" in done.stdout
+    assert "weights from" in done.stdout and "unused: head.bias, head.weight" in done.stdout
+    assert "missing: head.0.bias, head.0.weight, head.2.bias, head.2.weight" in done.stdout
 
     # A teacher that never moves shows what it started from.
     frozen = [*command, "--train.init", str(run), "--teacher.decay_start", "1", "--teacher.decay_end", "1"]

@@ -44,7 +44,7 @@ SIZES = {
     "vision_large": Size(304_186_816, 303_137_216, 4096, 120),
     "vision_large_phase2": Size(304_186_816, 303_137_216, 4096, 120),
     "vision_huge14": Size(632_133_184, 630_493_504, 4096, 157),
-    "vision_tiny": Size(1_216_528, 1_191_568, 32, 38),
+    "vision_tiny": Size(1_233_040, 1_216_528, 32, 38),
 }
 """A new recipe needs a line here."""
 
