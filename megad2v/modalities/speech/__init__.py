@@ -1,0 +1,1 @@
+"""Speech: decoding, shards, generated demo speech."""
