@@ -6,6 +6,7 @@ images has neither.
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ FIXED_SIZE_CODECS = frozenset({0x0001, 0x0003, 0x0006, 0x0007, 0xFFFE})
 def audio_library(name: str) -> ModuleType:
     """soundfile or soxr. Raises UserError where it cannot be imported."""
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except (ImportError, OSError) as error:  # soundfile raises OSError where libsndfile is missing
         raise UserError(
             f"speech needs soundfile and soxr, and {name} does not import ({error}); pip install 'megad2v[speech]'"
@@ -104,9 +105,9 @@ def _read_all(file: Any, declared: int | None) -> npt.NDArray[np.float32]:
         left -= len(block)
         if left < 0:
             raise BadSample(f"more than the {MAX_VALUES} samples x channels allowed")
-    if not blocks:
-        raise BadSample("no samples")
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    if len(blocks) == 1:
+        return blocks[0]
+    return np.concatenate(blocks) if blocks else np.zeros((0, file.channels), dtype=np.float32)
 
 
 def check_rate(rate: int) -> None:
