@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where me
 from megad2v.config.load import load_config, recipes
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
-from megad2v.teacher.schedule import decay_at
-from megad2v.training.schedules import learning_rate
+from megad2v.training.schedules import rates_at
 
 POINTS = 160
 """Updates that a curve is drawn through, besides its corners."""
@@ -42,21 +41,21 @@ class Curve:
 def drawn_updates(config: Config) -> list[int]:
     """Evenly spaced updates, first and last, and both sides of the end of warm-up and of the decay's rise."""
     last = config.train.steps - 1
-    corners = {config.schedule.warmup_steps, config.teacher.decay_steps or 0}
+    hold = int(config.schedule.hold_fraction * config.train.steps) if config.schedule.kind == "tri_stage" else 0
+    corners = {config.schedule.warmup_steps, config.schedule.warmup_steps + hold, config.teacher.decay_steps or 0}
     near = {update + side for update in corners for side in (-1, 0)}
     return sorted({round(i * last / POINTS) for i in range(POINTS + 1)} | {u for u in near if 0 <= u <= last})
 
 
 def curves(config: Config, updates: Sequence[int]) -> list[Curve]:
     """The three curves at `updates` (number of updates already taken)."""
-    steps, peak, teacher = config.train.steps, config.optimizer.lr, config.teacher
-    rise = steps if teacher.decay_steps is None else teacher.decay_steps
-    rates = [learning_rate(u, peak=peak, steps=steps, schedule=config.schedule) for u in updates]
-    decays = [decay_at(u + 1, start=teacher.decay_start, end=teacher.decay_end, steps=rise) for u in updates]
+    peak, teacher = config.optimizer.lr, config.teacher
+    learning_rates, decays = zip(*(rates_at(config, update) for update in updates), strict=True)
     weight_decay = config.optimizer.weight_decay
     return [
-        Curve("learning rate", rates, 0.0, peak),
+        Curve("learning rate", learning_rates, 0.0, peak),
         Curve("decay of the teacher", decays, *sorted((teacher.decay_start, teacher.decay_end))),
+        # A constant of the optimizer's groups; drawn so that nobody looks for a schedule.
         Curve("weight decay", [weight_decay] * len(updates), 0.0, weight_decay),
     ]
 
@@ -119,11 +118,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"plot_schedules: error: {error}", file=sys.stderr)
         return error.exit_code
-    options.output.mkdir(parents=True, exist_ok=True)
-    for name, config in configs.items():
-        path = options.output / f"schedule_{name}.svg"
-        path.write_text(figure(name, config))
-        print(path)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        for name, config in configs.items():
+            path = options.output / f"schedule_{name}.svg"
+            path.write_text(figure(name, config))
+            print(path)
+    except OSError as error:
+        print(
+            f"plot_schedules: error: --output {options.output}: cannot be written ({error.strerror})", file=sys.stderr
+        )
+        return 2
     return 0
 
 

@@ -46,7 +46,7 @@ class ModelConfig:
     """Stochastic depth of the last block; earlier blocks ramp up to it linearly. Drawn per sample."""
     deep_norm: bool = False
     """DeepNorm (arXiv:2203.00555): post-norm residuals are scaled by (2 depth)^(1/4), and value, output and MLP weights
-    start smaller by (8 depth)^(1/4). data2vec's AudioSet recipe. Needs norm post."""
+    start smaller by (8 depth)^(1/4). The paper's AudioSet models; fairseq's file only names it. Needs norm post."""
     init: Literal["fairseq", "bert", "beit"] = "fairseq"
     """Where weights start. fairseq: the encoder's from a normal of deviation 0.02, front end and head as torch starts
     them (speech, vision port). bert: the head from that normal too (text). beit: all from that normal cut at one
@@ -184,7 +184,7 @@ class LossConfig:
     """Factor on the sum over channels: 1/sqrt(D) (fairseq), 1/D (BEiT fork: a plain mean), or 1."""
     variance_weight: float = 0.0
     """Weight of VICReg's variance term on the predictions of a micro-batch (BEiT fork var_w0): the mean over channels
-    of max(0, variance_margin - standard deviation). 0 leaves it out, as all released models do."""
+    of max(0, variance_margin - standard deviation). Not in validation. 0 leaves it out, as all released models do."""
     variance_margin: float = 0.5
     """Standard deviation that the term asks for (BEiT fork var_margin0)."""
 
@@ -205,7 +205,8 @@ class TeacherConfig:
     """Parts of the encoder that are the student's as they are, rather than averaged: convolutional positions (speech,
     fairseq ema_layers_only), the norm before the first block."""
     context: float = 1.0
-    """Ablation: the teacher's positions attend to the nearest fraction of the input only (paper, section 5)."""
+    """Ablation: in each block the teacher's positions attend to the nearest fraction of the input only (paper, section
+    5). What reaches a position over several blocks is more than that."""
     resident: bool = False
     """ZeRO-3 only: keep the teacher's forward weights whole on every rank. They are then gathered once per step, not by
     every micro-batch; worth the memory where a rank computes several micro-batches per step."""

@@ -13,6 +13,10 @@ from megad2v.errors import UserError
 
 T = TypeVar("T")
 
+RETIRED: dict[str, Any] = {"vision.token_init_mean": 0.02, "vision.token_init_std": 1.0}
+"""Keys that `model.init` has replaced, with the values that its default, fairseq, stands for. Checkpoints and
+configurations of old runs have them; they are passed over at these values, and refused at others."""
+
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
     """The Config that `dataclasses.asdict` turned into `tree`, also after a trip through JSON (tuples as lists).
@@ -21,6 +25,15 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
     Raises UserError for unknown keys (with the nearest known one) and for values of another type.
     """
     return _dataclass(Config, tree, "")
+
+
+def is_retired(key: str, value: Any) -> bool:
+    """Whether `key` is one that is gone, at the value that is still what happens. Raises UserError at another one."""
+    if key not in RETIRED:
+        return False
+    if value != RETIRED[key]:
+        raise UserError(f"{key}: is gone, {value} with it; see model.init, whose fairseq means {RETIRED[key]}")
+    return True
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
@@ -37,8 +50,8 @@ def _dataclass(kind: type[T], tree: Any, path: str) -> T:
         raise UserError(f"{path or 'configuration'}: expected keys and values, got {tree!r}")
     hints = get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
-    for key in tree:
-        if key not in names:
+    for key, value in tree.items():
+        if key not in names and not is_retired(_join(path, key), value):
             near = nearest(str(key), names)
             known = f"did you mean {_join(path, near)}?" if near else f"known here: {', '.join(names)}"
             raise UserError(f"{_join(path, key)}: unknown key; {known}")

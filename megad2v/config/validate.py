@@ -86,6 +86,8 @@ def _objective(config: Config) -> list[str]:
         problems.append(f"teacher.context: expected a fraction above 0, at most 1, got {config.teacher.context}")
     if "positions" in config.teacher.copied and config.modality != "speech":
         problems.append(f"teacher.copied: positions are a part of speech encoders, not of {config.modality}")
+    if "norm" in config.teacher.copied and config.model.norm != "post":
+        problems.append("teacher.copied: norm is the one before the first block, which model.norm pre has not")
     if not config.targets.average and config.model.head_layers == 0:
         problems.append(
             "targets.average: false needs a projection for each layer; set model.head_layers to 1 or 2, got 0"
@@ -164,6 +166,8 @@ def _run(config: Config) -> list[str]:
             "train.precision: fp16 is not supported (loss scaling skips steps that the teacher would still average); "
             "use bf16 on GPUs or fp32"
         )
+    if train.init_teacher == "student" and train.init is None:
+        problems.append("train.init_teacher: says what the teacher starts from with train.init, which is not set")
     problems += _parallel(config)
     for key, least in (
         ("steps", 1),

@@ -111,12 +111,18 @@ def optimizer_groups(
 
     The first split lets ZeRO-1/2 gather exactly the teacher's parameters; it changes no update. Without `decay_all`
     those are decayed that the published vision program decays (optim_factory.get_parameter_groups): what has more than
-    one dimension there. Its mask token does, (1, 1, D); so does CLS, which is excepted by name.
+    one dimension there. Its mask token does, (1, 1, D), and a module names such in `decayed_vectors`; so does CLS,
+    which is excepted by name.
     """
+    vectors = {
+        f"{prefix}.{name}"
+        for prefix, module in student.named_modules()
+        for name in getattr(module, "decayed_vectors", ())
+    }
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        decayed = decay_all or dimensions > 1 or name.endswith(".mask_token")
+        decayed = decay_all or dimensions > 1 or name in vectors
         groups.setdefault((name in averaged, decayed), []).append(parameter)
     return [
         {"params": groups[key], "weight_decay": weight_decay if key[1] else 0.0} for key in sorted(groups, reverse=True)

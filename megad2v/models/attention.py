@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -59,24 +60,29 @@ def relative_index(grid: int) -> Tensor:
     return index
 
 
+@lru_cache(maxsize=16)
 def outside_context(positions: int, fraction: float, *, grid: int | None, prefix: int, device: torch.device) -> Tensor:
-    """Which of the others a position may not attend to when only the nearest `fraction` of the input is its context.
+    """Which of the others a position may not attend to when its context is the nearest `fraction` of the input.
 
-    Returns bool (T, T), T = prefix + positions, True where row i may not see column j. Nearest: within fraction x
-    positions of a sequence, or within a square of that area on a grid, centred on i. Prefix tokens see everything and
-    are seen by none but themselves, since they would carry the whole input to all.
+    Returns bool (T, T), T = prefix + positions, True where row i may not see column j. Every position sees
+    max(1, round(fraction x positions)), itself among them: the nearest ones of a sequence, or of a grid (the larger of
+    the two offsets counts); of equally near ones those that come first. Prefix tokens see everything and are seen by
+    none but themselves, since one of them would carry the whole input to all in two blocks.
     """
-    hidden = torch.zeros(prefix + positions, prefix + positions, dtype=torch.bool, device=device)
-    index = torch.arange(positions, device=device)
+    index = torch.arange(positions)
     if grid is None:
-        distance, reach = (index[:, None] - index[None]).abs(), fraction * positions / 2
+        distance = (index[:, None] - index[None]).abs()
     else:
         rows, columns = index // grid, index % grid
         distance = torch.maximum((rows[:, None] - rows[None]).abs(), (columns[:, None] - columns[None]).abs())
-        reach = fraction**0.5 * grid / 2
-    hidden[prefix:, prefix:] = distance > reach
+    count = max(1, round(fraction * positions))
+    order = distance * positions + index  # the index decides between equals
+    nearest = order.topk(count, dim=1, largest=False).indices
+    seen = torch.zeros(positions, positions, dtype=torch.bool).scatter_(1, nearest, True)
+    hidden = torch.zeros(prefix + positions, prefix + positions, dtype=torch.bool)
+    hidden[prefix:, prefix:] = ~seen
     hidden[prefix:, :prefix] = True
-    return hidden
+    return hidden.to(device)
 
 
 class RelativePositionBias(nn.Module):

@@ -124,7 +124,7 @@ class Student(nn.Module):
         if spec.shuffle and self.training:  # what was learned is still validated against the true targets
             target_nd = target_nd[torch.randperm(len(target_nd), device=target_nd.device)]
         loss = regression_loss(prediction_nd, target_nd, kind=spec.kind, beta=spec.beta, scale=spec.scale)
-        if spec.variance_weight > 0:
+        if spec.variance_weight > 0 and self.training:
             # Times n, since the sum of the step is divided by its count: the mean over micro-batches, by their counts.
             loss = loss + spec.variance_weight * len(prediction_nd) * variance_loss(prediction_nd, spec.variance_margin)
         if not spec.average:  # statistics are of (n, D)

@@ -72,8 +72,8 @@ def regression_loss(prediction_nd: Tensor, target_nd: Tensor, *, kind: str, beta
 
 def variance_loss(prediction_nd: Tensor, margin: float) -> Tensor:
     """VICReg's variance term (arXiv:2105.04906), as the BEiT fork has it: the mean over channels of
-    max(0, margin - sqrt(var + 1e-6)), var the unbiased variance over the n rows; 0 where they are fewer than two."""
-    rows = prediction_nd.float().flatten(0, -2)
-    if len(rows) < 2:
-        return rows.sum() * 0.0
-    return F.relu(margin - (rows.var(dim=0) + 1e-6).sqrt()).mean()
+    max(0, margin - sqrt(var + 1e-6)), var the unbiased variance over the n rows; 0 where they are fewer than two. Of
+    (n, K, D), the mean over the K heads."""
+    if len(prediction_nd) < 2:
+        return prediction_nd.float().sum() * 0.0
+    return F.relu(margin - (prediction_nd.float().var(dim=0) + 1e-6).sqrt()).mean()

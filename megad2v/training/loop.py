@@ -25,12 +25,11 @@ from megad2v.metrics.statistics import StepStatistics
 from megad2v.metrics.throughput import Throughput
 from megad2v.modalities.batch import Batch
 from megad2v.teacher.ema import ShardedTeacher
-from megad2v.teacher.schedule import decay_at
 from megad2v.training.evaluate import validate
 from megad2v.training.layer_drop import kept_blocks
 from megad2v.training.proposal import propose
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords, low_since
-from megad2v.training.schedules import learning_rate
+from megad2v.training.schedules import rates_at
 from megad2v.training.state import Progress, save, state_memory
 from megad2v.training.step import StepCounts, count_step, take_step
 from megad2v.training.verdict import Halt, Verdict
@@ -88,7 +87,7 @@ def train(run: Run) -> None:
         counts = _agree(run, batches, blocks)
         due = _due(progress.step + 1, train.log_every, train.steps)
         statistics = StepStatistics(run.config.model.width, run.world.device) if due else None
-        rate, decay = _rates(run.config, progress.updates)
+        rate, decay = rates_at(run.config, progress.updates)
         losses: list[Tensor] = []
         taken = take_step(
             run.engine,
@@ -148,19 +147,6 @@ def _agree(run: Run, batches: Sequence[Batch], blocks: tuple[int, ...] | None) -
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _rates(config: Config, updates: int) -> tuple[float, float]:
-    """Learning rate of the next update, and decay with which the average absorbs its result."""
-    train, teacher = config.train, config.teacher
-    rate = learning_rate(updates, peak=config.optimizer.lr, steps=train.steps, schedule=config.schedule)
-    decay = decay_at(
-        updates + 1,
-        start=teacher.decay_start,
-        end=teacher.decay_end,
-        steps=train.steps if teacher.decay_steps is None else teacher.decay_steps,
-    )
-    return rate, decay
 
 
 def _count_samples(run: Run, counts: StepCounts) -> None:

@@ -1,10 +1,24 @@
-"""Learning rate as a function of updates taken (spec 6.4; fairseq's schedulers, and the BEiT fork's cosine)."""
+"""Learning rate and decay as functions of updates (spec 6.4; fairseq's schedulers, and the BEiT fork's cosine)."""
 
 from __future__ import annotations
 
 import math
 
-from megad2v.config.schema import ScheduleConfig
+from megad2v.config.schema import Config, ScheduleConfig
+from megad2v.teacher.schedule import decay_at
+
+
+def rates_at(config: Config, updates: int) -> tuple[float, float]:
+    """Learning rate of the update that follows `updates`, and decay with which the average absorbs its result."""
+    train, teacher = config.train, config.teacher
+    rate = learning_rate(updates, peak=config.optimizer.lr, steps=train.steps, schedule=config.schedule)
+    decay = decay_at(
+        updates + 1,
+        start=teacher.decay_start,
+        end=teacher.decay_end,
+        steps=train.steps if teacher.decay_steps is None else teacher.decay_steps,
+    )
+    return rate, decay
 
 
 def learning_rate(update: int, *, peak: float, steps: int, schedule: ScheduleConfig) -> float:

@@ -258,6 +258,9 @@ def _restore(run: Run, resumed: Checkpoint | None, source: Checkpoint | None) ->
         result = initialise_from(source, run.engine, run.teacher, teacher_from=teacher_from)
         if say:
             print(f"weights from {source.directory}: {len(result['matched'])} parameters matched", flush=True)
+            planned = source.index.config["train"]["steps"]
+            if source.index.step < planned:
+                print(f"  that run has not ended: step {source.index.step:,} of {planned:,}", flush=True)
             for kind in ("missing", "unused"):
                 if result[kind]:
                     print(f"  {kind}: {', '.join(result[kind])}", flush=True)

@@ -14,7 +14,7 @@ import pytest
 from megad2v.checkpoint.catalog import steps_present
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.tree import config_from_dict
-from megad2v.training.loop import _rates
+from megad2v.training.schedules import rates_at
 from tests.cli.conftest import TINY
 from tests.distributed.harness import REPOSITORY, run_command
 
@@ -96,7 +96,7 @@ def test_nan_for_ever_stops_and_an_older_checkpoint_goes_on(demo_shards: Path, t
         assert line["loss"] is line["step_loss"] is line["grad_norm"] is None
     (logged,) = _lines(run / "metrics.jsonl")
     config = config_from_dict(Checkpoint(run / "checkpoints" / "step_00000005").index.config)
-    assert (logged["lr"], logged["ema_decay"]) == _rates(config, updates=2), (
+    assert (logged["lr"], logged["ema_decay"]) == rates_at(config, updates=2), (
         "schedules follow the updates, not the steps"
     )
     assert (logged["step"], logged["skipped_steps"], logged["loss"], logged["grad_norm"]) == (4, 2, None, None)

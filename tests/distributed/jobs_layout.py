@@ -47,8 +47,8 @@ class Trainer:
     def step(self, step: int, statistics: Any = None, blocks: tuple[int, ...] | None = None) -> list[int]:
         """One step through the trainer's own `take_step`; returns this rank's masked counts. `blocks` of the student
         run (None: all)."""
-        from megad2v.training.loop import _rates
         from megad2v.training.proposal import propose
+        from megad2v.training.schedules import rates_at
         from megad2v.training.step import count_step, take_step
         from tests.distributed.layouts import micro_batch
 
@@ -57,7 +57,7 @@ class Trainer:
         batches = [micro_batch(step, m) for m in places]
         proposal = propose(batches, kind="training", step=step, updates=step, depth=config.model.depth, blocks=blocks)
         counts = count_step(batches, world, lambda own: self.guard.agree(proposal, own))
-        _, decay = _rates(config, step)
+        _, decay = rates_at(config, step)
         taken = take_step(
             self.engine,
             self.teacher,
@@ -197,7 +197,7 @@ def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
     the targets it computes in the NEXT forward (a stale weight shows there), and what update and refresh sent.
     """
     from megad2v.modalities.build import build_teacher
-    from megad2v.training.loop import _rates
+    from megad2v.training.schedules import rates_at
     from tests.distributed.layouts import micro_batch, tiny_config
 
     trainer = build(world, tiny_config(micro_batches=layout.data, steps=steps, scope=layout.scope), layout)
@@ -210,7 +210,7 @@ def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
     target_error = 0.0
     for step in range(steps):
         trainer.step(step)
-        _, decay = _rates(config, step)
+        _, decay = rates_at(config, step)
         now = gathered(engine, engine.student, axis)
         for name in names:
             average[name].mul_(decay).add_(now[name].double(), alpha=1 - decay)

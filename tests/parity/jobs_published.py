@@ -17,7 +17,7 @@ def train(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     from megad2v.metrics.statistics import StepStatistics
     from megad2v.modalities.batch import Batch
     from megad2v.teacher.ema import ShardedTeacher
-    from megad2v.training.loop import _rates
+    from megad2v.training.schedules import rates_at
     from megad2v.training.setup import build_engine
     from megad2v.training.step import count_step, take_step
     from tests.distributed.jobs_layout import gathered, start
@@ -43,7 +43,7 @@ def train(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
             tensors[f"inputs.{step}.{key}"].chunk(world.data.size)[world.data.rank] for key in ("images", "mask")
         )
         batch = Batch("vision", images, mask.flatten(1).unsqueeze(1), sample_ids=tuple(map(str, range(len(images)))))
-        rate, decay = _rates(config, theirs["first_step"] + step)
+        rate, decay = rates_at(config, theirs["first_step"] + step)
         statistics = StepStatistics(config.model.width, world.device)
         assert take_step(
             engine,

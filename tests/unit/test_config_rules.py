@@ -37,6 +37,11 @@ RULES: list[tuple[Config, str]] = [
     (broken(model={"deep_norm": True}), "model.deep_norm: scales the residual stream before post-norms; set model.nor"),
     (broken(teacher={"context": 0.0}), "teacher.context: expected a fraction above 0, at most 1, got 0.0"),
     (broken(teacher={"copied": ("positions",)}), "teacher.copied: positions are a part of speech encoders, not of v"),
+    (broken(teacher={"copied": ("norm",)}), "teacher.copied: norm is the one before the first block, which model.norm"),
+    (
+        broken(train={"init_teacher": "student"}),
+        "train.init_teacher: says what the teacher starts from with train.init",
+    ),
     (broken(targets={"average": False}), "targets.average: false needs a projection for each layer; set model.head_"),
     (broken(loss={"variance_weight": -1.0}), "loss.variance_weight and loss.variance_margin must be at least 0"),
     (broken(train={"hang_timeout": -1.0}), "train.hang_timeout: expected at least 0, got -1.0"),

@@ -83,3 +83,13 @@ def test_what_is_wrong_is_named(tree: dict, message: str) -> None:
     with pytest.raises(UserError) as caught:
         config_from_dict(tree)
     assert str(caught.value) == message
+
+
+def test_keys_that_are_gone_are_passed_over_at_the_values_they_stood_for() -> None:
+    """A checkpoint of an old run has keys that model.init has replaced."""
+    tree = dataclasses.asdict(Config())
+    tree["vision"] |= {"token_init_mean": 0.02, "token_init_std": 1.0}
+    assert config_from_dict(tree) == Config()
+    tree["vision"]["token_init_std"] = 0.02
+    with pytest.raises(UserError, match=r"vision\.token_init_std: is gone, 0\.02 with it; see model\.init"):
+        config_from_dict(tree)

@@ -179,7 +179,7 @@ def ablated(**sections: dict[str, Any]) -> tuple[float, Tensor]:
     student, teacher = pair(config)
     masks = torch.zeros(2, 1, 16, dtype=torch.bool)
     masks[:, :, 3:9] = True
-    loss, _, targets = student(pixels(), masks, teacher)
+    loss, _, targets = student.train()(pixels(), masks, teacher)
     return float(loss), targets
 
 

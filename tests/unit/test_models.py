@@ -119,7 +119,7 @@ def test_deep_norm_scales_the_residual_stream() -> None:
     assert close(encoder(tokens())[0], x)
 
 
-def test_positions_are_added_first_and_see_no_padding() -> None:
+def test_positions_are_added_first_to_frames_without_what_is_padding() -> None:
     positions = torch.nn.Conv1d(WIDTH, WIDTH, 3, padding=1).double()
 
     class Positions(torch.nn.Module):
@@ -136,17 +136,15 @@ def test_positions_are_added_first_and_see_no_padding() -> None:
 
 @pytest.mark.parametrize("grid", [None, 3])
 def test_context_of_the_teacher(grid: int | None) -> None:
-    """A position's output depends on the positions within reach, and on no others; prefix tokens on all."""
+    """A position's output depends on the positions in its context, and on no others; prefix tokens on all."""
     count, prefix = 9, 1
     hidden = outside_context(count, 1 / 3, grid=grid, prefix=prefix, device=torch.device("cpu"))
-    reach = {4: {3, 4, 5}, 0: {0, 1}} if grid is None else {4: {4}, 0: {0}}
-    for position, seen in reach.items():
+    nearest = {4: {3, 4, 5}, 0: {0, 1, 2}, 8: {6, 7, 8}} if grid is None else {4: {4, 0, 1}, 0: {0, 1, 3}, 8: {8, 4, 5}}
+    for position, seen in nearest.items():
         row = hidden[prefix + position]
         assert set((~row[prefix:]).nonzero().flatten().tolist()) == seen
         assert row[:prefix].all()
     assert not hidden[0].any()
-    everything = outside_context(count, 8 / 9, grid=3, prefix=0, device=torch.device("cpu"))
-    assert not everything[4].any(), "the centre reaches the whole grid"
     encoder = perturb_(Encoder(**SHAPE, depth=1, mlp_ratio=2, norm="pre"), 3).double()
     x, other = tokens(1, 10), tokens(1, 10, seed=2)
     mixed = x.clone()
@@ -155,6 +153,14 @@ def test_context_of_the_teacher(grid: int | None) -> None:
     blind = hidden[:, prefix + 8]
     assert torch.equal(ours[:, blind], again[:, blind])
     assert not torch.equal(ours[:, ~blind], again[:, ~blind])
+
+
+@pytest.mark.parametrize(("positions", "grid"), [(49, 7), (50, None)])
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.75, 0.99, 1.0])
+def test_every_position_has_as_much_context(positions: int, grid: int | None, fraction: float) -> None:
+    hidden = outside_context(positions, fraction, grid=grid, prefix=0, device=torch.device("cpu"))
+    assert set((~hidden).sum(1).tolist()) == {max(1, round(fraction * positions))}
+    assert not hidden.diagonal().any()
 
 
 # --- What is random

@@ -143,12 +143,12 @@ COMPLETE = {
         "model": "width depth heads mlp_ratio norm norm_eps layer_scale qkv_bias relative_bias init head_layers "
         "dropout attention_dropout drop_path layer_drop",
         "vision": "image_size patch_size channels mean std",
-        "augment": "crop_scale_min crop_scale_max flip jitter",
+        "augment": "crop_scale_min crop_scale_max flip jitter draft",
         "mask": "ratio min_block max_block min_aspect",
         "targets": "layers tensor layer_norm average_norm",
         "loss": "kind beta scale",
         "teacher": "scope decay_start decay_end",
-        "optimizer": "lr betas eps weight_decay clip",
+        "optimizer": "lr betas eps weight_decay decay_all clip",
         "schedule": "kind warmup_steps peak_in_warmup start_lr min_lr",
         "data": "micro_batch",
         "train": "steps micro_batches_per_step output_dir",
@@ -168,7 +168,7 @@ def test_large_phases_differ_in_the_schedule_alone() -> None:
     """Same model, data and objective; a slower teacher, a shorter warm-up, and the first phase's weights."""
     first, second = (to_yaml(load_config(name)).splitlines() for name in ("vision_large", "vision_large_phase2"))
     differing = {a.split(":")[0].strip() for a, b in zip(first, second, strict=True) if a != b}
-    assert differing == {"decay_start", "decay_end", "warmup_steps", "init", "init_teacher", "output_dir"}
+    assert differing == {"decay_start", "decay_end", "warmup_steps", "init", "init_teacher", "seed", "output_dir"}
 
 
 @pytest.mark.parametrize("tensor", [2, 4, 8, 16])

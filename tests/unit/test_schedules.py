@@ -13,8 +13,7 @@ import pytest
 from megad2v.config.load import load_config
 from megad2v.config.schema import Config, OptimizerConfig, ScheduleConfig, TeacherConfig, TrainConfig
 from megad2v.teacher.schedule import decay_at
-from megad2v.training.loop import _rates
-from megad2v.training.schedules import learning_rate
+from megad2v.training.schedules import learning_rate, rates_at
 from tests.tolerances import DOUBLE
 
 Values = npt.NDArray[np.float64]
@@ -93,10 +92,10 @@ def test_which_update_has_which_rate() -> None:
         teacher=TeacherConfig(decay_start=0.9, decay_end=0.99, decay_steps=90),
         train=TrainConfig(steps=200),
     )
-    assert _rates(config, 0) == pytest.approx((0.0, 0.901), rel=1e-12)
-    assert _rates(config, 5) == pytest.approx((PEAK / 2, 0.906), rel=1e-12)
+    assert rates_at(config, 0) == pytest.approx((0.0, 0.901), rel=1e-12)
+    assert rates_at(config, 5) == pytest.approx((PEAK / 2, 0.906), rel=1e-12)
     by_the_run = Config(teacher=TeacherConfig(decay_start=0.9, decay_end=0.99), train=TrainConfig(steps=90))
-    assert _rates(by_the_run, 0)[1] == pytest.approx(0.901, rel=1e-12)
+    assert rates_at(by_the_run, 0)[1] == pytest.approx(0.901, rel=1e-12)
 
 
 def test_warm_up_can_reach_the_peak_itself() -> None:
@@ -233,17 +232,9 @@ def test_decay_of_the_teacher_at_every_update(recipe: str, start: float, end: fl
     because --ema_start_at 0 leaves no update for its ramp."""
     config = load_config(recipe)
     steps = config.train.steps
-    curve = np.array([_rates(config, t)[1] for t in range(steps)])
+    curve = np.array([rates_at(config, t)[1] for t in range(steps)])
     t = np.arange(1, steps + 1)
     theirs = end - (end - start) * (1 - t / steps)
     assert_equal_everywhere(curve, theirs, 1.0)
     assert curve[0] == pytest.approx(start + (end - start) / steps, rel=1e-15)
     assert curve[-1] == end
-
-
-@pytest.mark.parametrize("recipe", ["vision_base", "vision_large", "vision_large_phase2"])
-def test_weight_decay_does_not_change(recipe: str) -> None:
-    """The fork tabulates weight decay by the same cosine, from its value to weight_decay_end, which is the same value
-    where it is not given; fairseq has no schedule for it. One number is all that either needs."""
-    assert (fork_curve(0.0, 0.05, 0.05, epochs=800, warmup=0, per_epoch=625) == 0.05).all()
-    assert load_config(recipe).optimizer.weight_decay == 0.05

@@ -37,6 +37,8 @@ class VisionFrontEnd(nn.Module):
     """Patch embedding, mask token at hidden patches, CLS in front; no absolute positions (spec 3.2)."""
 
     prefix_tokens = 1
+    decayed_vectors = ("mask_token",)
+    """What optimizer.decay_all false decays none the less, as the BEiT fork does."""
 
     def __init__(self, config: VisionConfig, width: int, scheme: InitScheme = FAIRSEQ) -> None:
         super().__init__()
