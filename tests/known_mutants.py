@@ -28,40 +28,80 @@ SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_
 MUTANTS = (
     # --- the objective
     Mutant(
+        "heads of several layers pooled in the variance term",
+        "megad2v/models/objective.py",
+        "(prediction_nd.float().var(dim=0)",
+        "(prediction_nd.float().flatten(0, -2).var(dim=0)",
+        f"{OBJECTIVE}::test_variance_term",
+    ),
+    Mutant(
+        "padding in instance norm's variance",
+        "megad2v/models/objective.py",
+        "(centred_btd.square() * real_bt1).sum",
+        "centred_btd.square().sum",
+        f"{OBJECTIVE}::test_padding_stays_out_of_instance_norm",
+    ),
+    Mutant(
+        "a position's context one too small",
+        "megad2v/models/attention.py",
+        "count = max(1, round(fraction * positions))",
+        "count = max(1, round(fraction * positions) - 1)",
+        f"{MODELS}::test_every_position_has_as_much_context",
+    ),
+    Mutant(
+        "DeepNorm without its factor on the residual stream",
+        "megad2v/models/block.py",
+        "else self.residual_scale * x_btd",
+        "else x_btd",
+        f"{MODELS}::test_deep_norm_scales_the_residual_stream",
+    ),
+    Mutant(
+        "DeepNorm scales the keys, not the values",
+        "megad2v/models/initialise.py",
+        "value.view(heads, 3, -1)[:, 2] *= factor",
+        "value.view(heads, 3, -1)[:, 1] *= factor",
+        "tests/unit/test_initialise.py::test_deep_norm_starts_smaller",
+    ),
+    Mutant(
+        "the second phase's teacher from the first's teacher",
+        "megad2v/training/state.py",
+        'if teacher_from == "teacher" else set()',
+        "if True else set()",
+        "tests/cli/test_resume.py::test_refused_resume_leaves_the_run_as_it_was",
+    ),
+    Mutant(
         "average before the per-layer norm",
         "megad2v/models/objective.py",
-        "        total += normalise(layer_btd.float(), layer_norm)\n"
-        "    return normalise(total / len(layers_btd), average_norm)",
-        "        total += layer_btd.float()\n"
-        "    return normalise(normalise(total / len(layers_btd), layer_norm), average_norm)",
+        "normalise(layer_btd.float(), layer_norm, padding_bt) for",
+        "layer_btd.float() for",
         f"{OBJECTIVE}::test_targets",
     ),
     Mutant(
         "loss divided by this micro-batch's rows",
         "megad2v/models/objective.py",
-        "    return total * {",
-        "    return total / max(1, len(prediction_nd)) * {",
+        "    return total * ({",
+        "    return total / max(1, len(prediction_nd)) * ({",
         f"{OBJECTIVE}::test_loss_is_a_sum_over_rows_of_all_micro_batches",
     ),
     Mutant(
         "scale of the loss missing",
         "megad2v/models/objective.py",
-        "    return total * {",
-        "    return total * 1.0 if width else total * {",
+        "    return total * ({",
+        "    return total * 1.0 if width else total * ({",
         f"{OBJECTIVE}::test_loss_and_its_gradient",
     ),
     Mutant(
         "targets from one layer too few",
         "megad2v/models/data2vec.py",
-        "last=self.spec.layers,",
-        "last=self.spec.layers - 1,",
+        "last=spec.layers,",
+        "last=spec.layers - 1,",
         f"{DATA2VEC}::test_targets_are_the_top_layers_without_cls",
     ),
     Mutant(
         "CLS kept in the targets, last patch cut instead",
         "megad2v/models/data2vec.py",
-        "layer[:, self.prefix_tokens :] for layer",
-        "layer[:, : -self.prefix_tokens] for layer",
+        "layer[:, prefix:] for layer",
+        "layer[:, :-prefix] for layer",
         f"{DATA2VEC}::test_targets_are_the_top_layers_without_cls",
     ),
     # --- student and teacher
@@ -160,7 +200,7 @@ MUTANTS = (
     ),
     Mutant(
         "decay of the update before",
-        "megad2v/training/loop.py",
+        "megad2v/training/schedules.py",
         "        updates + 1,\n",
         "        updates,\n",
         "tests/unit/test_schedules.py::test_which_update_has_which_rate",
@@ -168,7 +208,7 @@ MUTANTS = (
     Mutant(
         "the mask token not decayed with the matrices",
         "megad2v/engine/setup.py",
-        ' or name.endswith(".mask_token")',
+        " or name in vectors",
         "",
         "tests/parity/test_published.py::test_weight_decay_groups",
     ),
@@ -182,8 +222,8 @@ MUTANTS = (
     Mutant(
         "one fragment of the teacher not averaged",
         "megad2v/teacher/ema.py",
-        "torch._foreach_lerp_(self.averages, self._masters, 1.0 - decay)",
-        "torch._foreach_lerp_(self.averages[:-1], self._masters[:-1], 1.0 - decay)",
+        "                torch._foreach_lerp_(averages, masters, weight)",
+        "                torch._foreach_lerp_(averages[:-1], masters[:-1], weight)",
         f"{LAYOUT}[zero1_dp1]",
     ),
     Mutant(
@@ -290,8 +330,8 @@ MUTANTS = (
     Mutant(
         "schedules follow refused steps too",
         "megad2v/training/loop.py",
-        "_rates(run.config, progress.updates)",
-        "_rates(run.config, progress.step)",
+        "rates_at(run.config, progress.updates)",
+        "rates_at(run.config, progress.step)",
         "tests/cli/test_stability.py::test_nan_for_ever_stops_and_an_older_checkpoint_goes_on",
     ),
     Mutant(
