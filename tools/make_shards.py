@@ -11,11 +11,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where megad2v is not installed
 
 from megad2v.data.format import DATASET_FILE
-from megad2v.data.make import make_images, parse_size
+from megad2v.data.make import classes_of, make_shards, parse_size
 from megad2v.errors import UserError
-from megad2v.modalities.vision.shards import ImageOptions
+from megad2v.modalities.corpus import Corpus
+from megad2v.modalities.speech.recording import DECODERS
+from megad2v.modalities.speech.shards import LABELS, SpeechOptions, speech_corpus
+from megad2v.modalities.vision.shards import ImageOptions, image_corpus
 
-EPILOG = """\
+IMAGE = """\
 INPUT is one folder per class, or one flat folder (no labels):
 
     INPUT/cat/001.jpg          class "cat"; folders below a class folder belong to it
@@ -32,33 +35,40 @@ examples:
   python tools/make_shards.py image --input imagenet/train --output shards/train --resize-short 256
   python tools/make_shards.py image --input imagenet/val   --output shards/val   --classes shards/train
 """
+SPEECH = """\
+INPUT is a folder of recordings, however deep: WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF, AU, SPHERE and whatever else
+libsndfile reads, of any rate and any number of channels. OUTPUT gets speech-000000.tar, ... (plain tars: KEY.flac,
+16 kHz mono 16-bit; KEY.txt, KEY.cls, KEY.json), index/, dataset.json and report.jsonl (a line for every file that was
+skipped or converted, with the reason). Recordings are shuffled; the bytes depend on the files and options alone.
+
+Channels are averaged. FLACs that are 16 kHz mono 16-bit already are copied byte for byte. Skipped are files that
+cannot be decoded to their end, hold NaN, are silent, or shorter than --min-seconds. Nothing is normalised: training
+does that.
+
+Long recordings are cut into pieces of at most --max-seconds, at the quietest point of the last third of each; nothing
+is lost between them. Recordings with a transcript stay whole, as nobody knows which words belong to which piece.
+
+Transcripts (KEY.txt) come from INPUT/transcripts.tsv or the table that --transcripts names (header line, tabs; columns
+"path" or "file", relative to INPUT, and "text" or "sentence"), from X.txt beside X.wav, and from LibriSpeech's
+*.trans.txt, in this order. Training does not need them.
+
+Labels (KEY.cls), for probes: where every recording lies in a folder directly below INPUT, and there are several, these
+are the classes. Where folders are nested (LibriSpeech: speaker/chapter/file) there are none, unless
+--labels folders takes the first level (there: speakers).
+
+examples:
+  python tools/make_shards.py speech --input LibriSpeech/train-clean-100 --output shards/train
+  python tools/make_shards.py speech --input podcasts --output shards/podcasts --max-seconds 30
+  python tools/make_shards.py speech --input digits/test --output shards/test --classes shards/train
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line: one subcommand for each modality."""
     top = argparse.ArgumentParser(description=__doc__)
-    commands = top.add_subparsers(dest="modality", required=True, metavar="{image}")
-    image = commands.add_parser(
-        "image",
-        help="JPEG, PNG and WebP images, in class folders or one flat folder",
-        description="Turn a folder of images into shards.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    image.add_argument("--input", type=Path, required=True, metavar="DIR", help="folder of class folders, or of images")
-    image.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder for the shards")
-    image.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes that decode and convert; 0: none but the main one (default: all %(default)s cores here)",
-    )
-    image.add_argument(
-        "--max-shard-size",
-        default="512MB",
-        metavar="SIZE",
-        help="largest tar, such as 512MB or 1GiB (default: %(default)s); several shards per data.window mix best",
+    commands = top.add_subparsers(dest="modality", required=True, metavar="{image,speech}")
+    image = _command(
+        commands, "image", "images", "JPEG, PNG and WebP images, in class folders or one flat folder", IMAGE
     )
     image.add_argument(
         "--resize-short",
@@ -69,40 +79,99 @@ def parser() -> argparse.ArgumentParser:
     image.add_argument(
         "--quality", type=int, default=95, metavar="Q", help="JPEG quality of converted images (default: 95)"
     )
-    image.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the shuffle (default: 0)")
-    image.add_argument(
+    speech = _command(commands, "speech", "recordings", "recordings of any format, rate and length", SPEECH)
+    speech.add_argument(
+        "--max-seconds",
+        type=float,
+        default=SpeechOptions.max_seconds,
+        metavar="S",
+        help="cut longer recordings that have no transcript; 0: cut none (default: %(default)g)",
+    )
+    speech.add_argument(
+        "--min-seconds",
+        type=float,
+        default=SpeechOptions.min_seconds,
+        metavar="S",
+        help="leave out shorter recordings (default: %(default)g; what training takes is its own setting)",
+    )
+    speech.add_argument("--labels", choices=LABELS, default="auto", help="see below (default: auto)")
+    speech.add_argument("--transcripts", type=Path, metavar="TSV", help="table of transcripts, see below")
+    speech.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        default=SpeechOptions.decoder,
+        help="torchaudio reads what its own backend reads, whole files at a time (default: %(default)s)",
+    )
+    return top
+
+
+def _command(commands: argparse._SubParsersAction, name: str, files: str, about: str, epilog: str):
+    """A subcommand with the options that all have."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=f"Turn a folder of {files} into shards.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--input", type=Path, required=True, metavar="DIR", help=f"folder of {files}, see below")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder for the shards")
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes that decode and convert; 0: none but the main one (default: all %(default)s cores here)",
+    )
+    command.add_argument(
+        "--max-shard-size",
+        default="512MB",
+        metavar="SIZE",
+        help="largest tar, such as 512MB or 1GiB (default: %(default)s); several shards per data.window mix best",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the shuffle (default: 0)")
+    command.add_argument(
         "--classes",
         type=Path,
         metavar="DIR",
         help="take class names and ids from these shards (test sets: those of train)",
     )
-    image.add_argument(
+    command.add_argument(
         "--overwrite", action="store_true", help="replace shards that make_shards wrote to --output before"
     )
-    return top
+    return command
+
+
+def corpus(args: argparse.Namespace) -> Corpus:
+    """What is to be turned into shards. Raises UserError."""
+    folder = args.classes.parent if args.classes is not None and args.classes.name == DATASET_FILE else args.classes
+    classes = classes_of(folder) if folder is not None else None
+    if args.modality == "image":
+        _check("--resize-short", 1 if args.resize_short is None else args.resize_short, 1, 65_535)
+        _check("--quality", args.quality, 1, 100)
+        return image_corpus(args.input, ImageOptions(args.resize_short, args.quality), classes)
+    options = SpeechOptions(args.max_seconds, args.min_seconds, args.decoder)
+    return speech_corpus(args.input, options, labels=args.labels, classes=classes, transcripts=args.transcripts)
 
 
 def run(args: argparse.Namespace) -> str:
     """Make the shards; returns the line to print. Raises UserError."""
-    for name, value, low, high in (
-        ("--workers", args.workers, 0, 1024),
-        ("--resize-short", 1 if args.resize_short is None else args.resize_short, 1, 65_535),
-        ("--quality", args.quality, 1, 100),
-    ):
-        if not low <= value <= high:
-            raise UserError(f"{name}: expected {low} to {high}, got {value}")
-    classes = args.classes.parent if args.classes is not None and args.classes.name == DATASET_FILE else args.classes
-    made = make_images(
-        args.input,
+    _check("--workers", args.workers, 0, 1024)
+    size = parse_size(args.max_shard_size)
+    made = make_shards(
+        corpus(args),
         args.output,
-        options=ImageOptions(args.resize_short, args.quality),
         workers=args.workers,
-        max_shard_bytes=parse_size(args.max_shard_size),
+        max_shard_bytes=size,
         seed=args.seed,
-        classes_of=classes,
         overwrite=args.overwrite,
     )
     return f"{args.output}: {made.summary}"
+
+
+def _check(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{name}: expected {low} to {high}, got {value}")
 
 
 def main(argv: list[str] | None = None) -> int:

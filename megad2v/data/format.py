@@ -71,6 +71,8 @@ class DatasetInfo:
     classes: tuple[str, ...] = ()
     """Class names; the position is the id in KEY.cls. Empty: no labels."""
     class_counts: tuple[int, ...] = ()
+    totals: dict[str, float] = field(default_factory=dict)
+    """What the samples add up to, where that is no count: hours of speech."""
     tool: str = ""
     """Program and version that wrote the shards."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -114,6 +116,7 @@ def read_dataset(folder: Path) -> DatasetInfo | None:
             shards=shards,
             classes=_strings(raw["classes"]),
             class_counts=tuple(int(count) for count in raw["class_counts"]),
+            totals={str(name): float(amount) for name, amount in raw.get("totals", {}).items()},
             tool=str(raw["tool"]),
             settings=dict(raw["settings"]),
         )

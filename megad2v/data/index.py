@@ -14,6 +14,7 @@ import tarfile
 import uuid
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -23,11 +24,19 @@ import numpy.typing as npt
 
 from megad2v.data.format import INDEX_FOLDER, KINDS, LABEL_EXTENSION, MODALITY_KINDS, split_key
 from megad2v.errors import UserError
-from megad2v.modalities.vision.decode import HEADER_BYTES, pixel_count
+from megad2v.modalities.speech import decode as speech
+from megad2v.modalities.vision import decode as vision
 
-VERSION = 1
+VERSION = 2
+"""Raised whenever a field gets another meaning, so that older indexes are built again."""
 END_MARK = 0x6D643276
 BLOCK = 512
+
+MEASURES: dict[str, tuple[int, Callable[[bytes], int]]] = {
+    "vision": (vision.HEADER_BYTES, vision.pixel_count),
+    "speech": (speech.HEADER_BYTES, speech.frame_count),
+}
+"""Modality -> (how many first bytes of a file are looked at, its length from them)."""
 
 NO_LABEL = -1
 UNREADABLE_LABEL = -2
@@ -38,7 +47,7 @@ RECORD = np.dtype(
         ("offset", "<u8"),  # of the data in the tar, bytes
         ("size", "<u8"),  # bytes
         ("key_start", "<u8"),  # in the key bytes
-        ("length", "<u4"),  # images: width x height, 0 unknown; other modalities: not measured yet
+        ("length", "<u4"),  # images: width x height; speech: samples at 16 kHz; 0 unknown or not measured
         ("label", "<i4"),  # class id, NO_LABEL or UNREADABLE_LABEL
         ("key_size", "<u2"),
         ("kind", "u1"),  # position in format.KINDS
@@ -236,13 +245,15 @@ def _parse_label(text: bytes) -> int:
 
 def _assemble(found: list[tuple[str, _Parts]], modality: str, descriptor: int, stat: os.stat_result) -> ShardIndex:
     records = np.zeros(len(found), dtype=RECORD)
+    head, measure = MEASURES.get(modality, (0, None))
     keys = bytearray()
     for i, (key, part) in enumerate(found):
         kind = min(part.data, key=MODALITY_KINDS[modality].index)
         offset, size = part.data[kind]
         # Names that are not UTF-8 must still give ids that a JSON file can hold.
         name = key.encode("utf-8", "backslashreplace")[: np.iinfo(np.uint16).max]
-        length = pixel_count(os.pread(descriptor, min(size, HEADER_BYTES), offset)) if modality == "vision" else 0
+        length = measure(os.pread(descriptor, min(size, head), offset)) if measure is not None else 0
+        length = min(length, np.iinfo(np.uint32).max)
         records[i] = (offset, size, len(keys), length, part.label, len(name), KINDS.index(kind))
         keys += name
     blob = np.frombuffer(bytes(keys), dtype=np.uint8)

@@ -22,11 +22,13 @@ from PIL import Image
 
 from megad2v.data import index, writer
 from megad2v.data.format import DatasetInfo, read_dataset
-from megad2v.data.make import make_images, parse_size
+from megad2v.data.make import classes_of, parse_size
+from megad2v.data.make import make_shards as make_corpus
 from megad2v.data.shardset import ShardSet
 from megad2v.errors import UserError
+from megad2v.modalities.corpus import SourceFile
 from megad2v.modalities.vision.decode import open_image, upright_rgb
-from megad2v.modalities.vision.shards import ImageFile, ImageOptions, make_sample
+from megad2v.modalities.vision.shards import ImageOptions, image_corpus, make_sample
 from megad2v.modalities.vision.synthetic import CLASSES, demo_image
 from tests.unit.data_helpers import encoded, jpeg, picture
 
@@ -61,8 +63,16 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, out: Path, **options: object) -> DatasetInfo:
-    settings = {"options": PLAIN, "workers": 0, "max_shard_bytes": 40_960, "progress": False, **options}
-    return make_images(folder, out, **settings).info
+    settings = {
+        "options": PLAIN,
+        "classes": None,
+        "workers": 0,
+        "max_shard_bytes": 40_960,
+        "progress": False,
+        **options,
+    }
+    corpus = image_corpus(folder, settings.pop("options"), settings.pop("classes"))
+    return make_corpus(corpus, out, **settings).info
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -120,7 +130,7 @@ def test_same_bytes_for_any_number_of_workers(corpus: Path, tmp_path: Path) -> N
 
 def test_odd_files(shared: Callable[[str], Path], tmp_path: Path) -> None:
     folder = shared("data/image/odd_files")
-    made = make_images(folder, tmp_path / "out", options=PLAIN, workers=2, max_shard_bytes=10**8, progress=False)
+    made = make_corpus(image_corpus(folder, PLAIN), tmp_path / "out", workers=2, max_shard_bytes=10**8)
     report = [json.loads(line) for line in (tmp_path / "out/report.jsonl").read_text().splitlines()]
     reasons = {row["path"]: (row["action"], row["reason"]) for row in report}
     assert reasons["truncated_jpeg.jpg"][0] == reasons["files.tsv"][0] == "skipped"
@@ -159,19 +169,20 @@ def test_odd_files(shared: Callable[[str], Path], tmp_path: Path) -> None:
 def test_kinds_follow_content(tmp_path: Path, data: bytes, action: str, kind: str | None) -> None:
     """The name says .jpg throughout: what a file is, its bytes tell."""
     (tmp_path / "x.jpg").write_bytes(data)
-    outcome = make_sample(tmp_path, ImageFile("x.jpg", -1), PLAIN)
+    outcome = make_sample(tmp_path, SourceFile("x.jpg", -1), PLAIN)
+    parts = outcome.samples[0] if outcome.samples else {}
     assert outcome.action == action
     assert bool(outcome.reason) == (action != "copied")
-    assert set(outcome.parts) == ({kind, "json"} if kind else set())
+    assert set(parts) == ({kind, "json"} if kind else set())
     if kind:
-        stored = open_image(outcome.parts[kind])
+        stored = open_image(parts[kind])
         assert stored.mode == "RGB" or action == "copied"
         difference = np.asarray(upright_rgb(stored)).astype(int) - np.asarray(upright_rgb(open_image(data))).astype(int)
         assert np.abs(difference).mean() < 3
 
 
 def test_unreadable_file_is_skipped(tmp_path: Path) -> None:
-    outcome = make_sample(tmp_path, ImageFile("gone.jpg", -1), PLAIN)
+    outcome = make_sample(tmp_path, SourceFile("gone.jpg", -1), PLAIN)
     assert (outcome.action, outcome.reason) == ("skipped", "cannot be read: No such file or directory")
 
 
@@ -189,12 +200,12 @@ def test_resize_short(corpus: Path, tmp_path: Path) -> None:
 def test_classes_of_another_data_set(corpus: Path, tmp_path: Path) -> None:
     train = make(corpus, tmp_path / "train")
     (corpus / "cat").rename(tmp_path / "cats")
-    test = make(corpus, tmp_path / "test", classes_of=tmp_path / "train")
+    test = make(corpus, tmp_path / "test", classes=classes_of(tmp_path / "train"))
     assert test.classes == train.classes
     assert test.class_counts == (0, 30), "dog keeps its id although cat is missing"
     (corpus / "dog").rename(corpus / "fox")
     with pytest.raises(UserError, match="fox is not among the 2 classes"):
-        make(corpus, tmp_path / "fox", classes_of=tmp_path / "train")
+        make(corpus, tmp_path / "fox", classes=classes_of(tmp_path / "train"))
 
 
 def test_failure_leaves_nothing_behind(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +224,11 @@ def test_killed_run(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, '.'); from megad2v.data import writer, make\n"
-        "from megad2v.modalities.vision.shards import ImageOptions\n"
+        "from megad2v.modalities.vision.shards import ImageOptions, image_corpus\n"
         "def slow(path): print('a shard', flush=True); time.sleep(30)\n"
         "writer._checksum = slow\n"
         "corpus, out = map(Path, sys.argv[1:])\n"
-        "make.make_images(corpus, out, options=ImageOptions(), workers=0, max_shard_bytes=40960)\n"
+        "make.make_shards(image_corpus(corpus, ImageOptions()), out, workers=0, max_shard_bytes=40960)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(corpus), str(out)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
@@ -264,7 +275,7 @@ def test_overwrite_takes_only_what_is_ours(corpus: Path, tmp_path: Path) -> None
     [
         (["--input", "{}/missing", "--output", "{}/o"], "no such folder"),
         (["--input", "{}/empty", "--output", "{}/o"], "no image"),
-        (["--input", "{}/junk", "--output", "{}/o"], "none of the 1 images can be decoded"),
+        (["--input", "{}/junk", "--output", "{}/o"], "none of the 1 images can be used"),
         (["--input", "{}/splits", "--output", "{}/o"], "look like splits.*--input .*splits/test"),
         (["--input", "{}/corpus", "--output", "{}/corpus"], "not empty"),
         (["--input", "{}/corpus", "--output", "{}/file"], "is a file"),
