@@ -8,8 +8,8 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
+from megad2v.modalities.draws import generator
 from megad2v.modalities.vision.masking import _add_block, block_mask, mask_budget
-from megad2v.modalities.vision.transforms import generator
 
 
 def draw(count: int, grid: int, budget: int, min_block: int, max_block: int | None = None) -> np.ndarray:

@@ -16,10 +16,11 @@ from PIL import Image
 
 from megad2v.config.schema import AugmentConfig, Config, MaskConfig, TrainConfig, VisionConfig
 from megad2v.errors import UserError
+from megad2v.modalities.draws import generator
 from megad2v.modalities.sample import BadSample
 from megad2v.modalities.vision import transforms
 from megad2v.modalities.vision.decode import open_image, pixel_count, upright_rgb
-from megad2v.modalities.vision.transforms import VisionTransform, centre_square, generator, random_box
+from megad2v.modalities.vision.transforms import VisionTransform, centre_square, random_box
 from tests.unit.data_helpers import config, encoded, jpeg, picture
 
 CONFIG = config(None)

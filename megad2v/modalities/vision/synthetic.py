@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from megad2v.errors import UserError
-from megad2v.modalities.vision.transforms import generator
+from megad2v.modalities.draws import generator
 
 Floats = npt.NDArray[np.float32]
 

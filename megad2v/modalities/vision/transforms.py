@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import warnings
 from hashlib import blake2b
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,12 +17,10 @@ from PIL import Image, ImageEnhance
 from megad2v.config.schema import AugmentConfig, Config
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
-from megad2v.modalities.sample import Sample
+from megad2v.modalities.draws import generator
+from megad2v.modalities.sample import Mode, Sample
 from megad2v.modalities.vision.decode import JPEG_FORMATS, open_image, orientation, upright_rgb
 from megad2v.modalities.vision.masking import block_mask, mask_budget
-
-Mode = Literal["train", "valid", "probe"]
-"""train: augmented and masked anew each epoch; valid: centre crop, one fixed mask; probe: centre crop, no mask."""
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom in pixels."""
@@ -33,12 +30,6 @@ ASPECT = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 BICUBIC = Image.Resampling.BICUBIC
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-
-
-def generator(*parts: object) -> np.random.Generator:
-    """A generator whose stream depends on the parts alone."""
-    seed = blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(seed, "little")))
 
 
 def random_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
