@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megad2v.config.load import load_config, recipes
 from megad2v.config.schema import Config, ModelConfig, TargetsConfig, VisionConfig
 from megad2v.metrics.flops import flops_per_sample
-from megad2v.metrics.throughput import Throughput
+from megad2v.metrics.throughput import SampleFlops, Throughput
 from megad2v.modalities.build import build_student, build_teacher, positions
 
 
@@ -57,13 +58,35 @@ def test_recipe_builds_without_memory(recipe: str) -> None:
 
 
 def test_throughput_is_a_mean_since_it_was_read() -> None:
-    meter = Throughput(tokens_per_sample=64, flops_per_sample=1e6, peak_flops=4e7)
-    meter.add(10, step_seconds=0.5, data_seconds=0.1)
-    meter.add(20, step_seconds=1.5, data_seconds=0.3)
+    def flops(samples: int, positions: int, squares: int) -> float:
+        return 1e6 * samples + 0 * positions + 0 * squares
+
+    meter = Throughput(flops=flops, peak_flops=4e7)
+    meter.add(10, 640, 10 * 64**2, step_seconds=0.5, data_seconds=0.1)
+    meter.add(20, 1280, 20 * 64**2, step_seconds=1.5, data_seconds=0.3)
     expected = {"step_seconds": 1.0, "data_seconds": 0.2, "tokens_per_second": 15 * 64, "mfu": 15e6 / 4e7}
     assert meter.read() == pytest.approx(expected)
-    meter.add(8, step_seconds=1.0, data_seconds=0.0)
-    assert meter.read()["tokens_per_second"] == pytest.approx(8 * 64)
-    unknown = Throughput(tokens_per_sample=1, flops_per_sample=1.0, peak_flops=None)
-    unknown.add(1, step_seconds=1.0, data_seconds=0.0)
+    meter.add(8, 500, 40_000, step_seconds=1.0, data_seconds=0.0)
+    assert meter.read()["tokens_per_second"] == pytest.approx(500)
+    unknown = Throughput(flops=flops, peak_flops=None)
+    unknown.add(1, 1, 1, step_seconds=1.0, data_seconds=0.0)
     assert unknown.read()["mfu"] is None
+
+
+def test_flops_of_any_length_follow_from_three() -> None:
+    """Images have one size, so one count; an encoder's matrices and scores are linear and quadratic in T."""
+    flops = SampleFlops(lambda positions: 12345.0, 64)
+    assert flops(7, 7 * 64, 7 * 64**2) == pytest.approx(7 * 12345.0)
+
+    def count(positions: int) -> float:
+        with torch.device("meta"):
+            encoder = build_student(Config(model=ModelConfig(relative_bias=False))).encoder
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                encoder(torch.empty(1, positions, 192))
+        return counter.get_total_flops()
+
+    flops = SampleFlops(count, 50)
+    lengths = [7, 100, 311, 1000]
+    together = flops(len(lengths), sum(lengths), sum(length**2 for length in lengths))
+    assert together == pytest.approx(sum(count(length) for length in lengths), rel=1e-9)
+    assert count(1000) > 11 * count(100), "quadratic, or the test would show nothing"
