@@ -14,6 +14,7 @@ import pytest
 from megad2v.config import validate as validate_module
 from megad2v.config.schema import (
     Config,
+    MicroBatchConfig,
 )
 from megad2v.config.validate import validate
 from megad2v.errors import UserError
@@ -24,6 +25,15 @@ def broken(**sections: dict[str, Any]) -> Config:
     return dataclasses.replace(config, **{
         name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()
     })  # fmt: skip
+
+
+SECONDS = {"micro_batch": MicroBatchConfig(seconds=30.0)}
+
+
+def of_lengths(**sections: dict[str, Any]) -> Config:
+    """Speech in micro-batches of 30 s."""
+    sections = {"model": {"norm": "post", "relative_bias": False}, "data": SECONDS, **sections}
+    return dataclasses.replace(broken(**sections), modality="speech")
 
 
 RULES: list[tuple[Config, str]] = [
@@ -92,15 +102,31 @@ RULES: list[tuple[Config, str]] = [
     *[
         (broken(data={"micro_batch": dataclasses.replace(Config().data.micro_batch, **budget)}), message)
         for budget, message in (
-            ({"samples": None}, "data.micro_batch: give exactly one of samples, tokens, seconds; got none"),
-            (
-                {"tokens": 5},
-                "data.micro_batch: give exactly one of samples, tokens, seconds; got ['samples',",
-            ),
-            ({"samples": None, "seconds": 9.0}, "data.micro_batch.seconds: images are batched by samples"),
+            ({"samples": None}, "data.micro_batch: images are batched by samples: give one, the others null; got none"),
+            ({"tokens": 5}, "data.micro_batch: images are batched by samples: give one, the others null; got samples,"),
+            ({"samples": None, "seconds": 9.0}, "data.micro_batch: images are batched by samples: give one, the"),
             ({"samples": 0}, "data.micro_batch.samples: expected at least 1"),
         )
     ],
+    (
+        of_lengths(data=SECONDS | {"micro_batch": MicroBatchConfig(tokens=9)}),
+        "data.micro_batch: recordings are batched b",
+    ),
+    (of_lengths(data=SECONDS | {"bucket_ratio": 1.0}), "data.bucket_ratio: longest over shortest of a bucket, more th"),
+    (
+        of_lengths(speech={"min_seconds": 3.0, "max_seconds": 2.0}),
+        "speech.min_seconds and max_seconds: expected 0 < min",
+    ),
+    (
+        of_lengths(speech={"min_seconds": 0.0}),
+        "speech.min_seconds and max_seconds: expected 0 < min <= max, got 0 and 20",
+    ),
+    (
+        of_lengths(speech={"max_seconds": 31.0}),
+        "data.micro_batch.seconds: 30 cannot hold one recording of speech.max_s",
+    ),
+    (of_lengths(mask={"span": 0}), "mask.span must be at least 1 and mask.min_spans at least 0, got 0 and 1"),
+    (of_lengths(mask={"min_spans": -1}), "mask.span must be at least 1 and mask.min_spans at least 0, got 10 and -1"),
 ]
 
 
@@ -143,3 +169,5 @@ def test_good_configurations_pass() -> None:
     validate(broken(optimizer={"betas": (0.0, 0.0), "weight_decay": 0.0}, mask={"min_block": 4, "max_block": 4}))
     validate(broken(teacher={"decay_steps": 0}, schedule={"final_scale": 0.0}, data={"max_bad_fraction": 1.0}))
     validate(broken(data={"max_bad_fraction": 0.0}))
+    validate(of_lengths(speech={"min_seconds": 30.0, "max_seconds": 30.0}, mask={"span": 1, "min_spans": 0}))
+    validate(of_lengths(data={"micro_batch": MicroBatchConfig(samples=1)}))
