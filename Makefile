@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-EXTRAS ?= dev,hf
+EXTRAS ?= dev,hf,speech
 PYTEST ?=
 
 VENV  := .venv

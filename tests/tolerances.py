@@ -34,3 +34,9 @@ DOUBLE = 1e-12
 
 SPREAD = 0.02
 """Relative, of a standard deviation over 9,000 draws or more: its own standard error is below 0.75 %."""
+
+RESAMPLED_TONE = 2e-4
+"""Largest error of tones at 16 kHz, of 0.75 together. Measured 2e-7, but 8e-5 from 22,050 and 44,100 Hz, where soxr has
+to interpolate its filter; half a step of the 16 bits in shards is 1.5e-5."""
+RESAMPLED_SPEECH = 0.9995
+"""Correlation with scipy's polyphase filter: they differ in how steeply they cut just below 4 kHz. Measured 0.9997."""

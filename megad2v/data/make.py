@@ -47,8 +47,10 @@ class Made:
         """One line for a person."""
         labels = f"{len(self.info.classes)} classes" if self.info.classes else "no labels"
         totals = "".join(f", {amount:,.3g} {what}" for what, amount in self.info.totals.items())
+        files = self.counts["copied"] + self.counts["converted"]
+        what = self.noun if files == self.info.samples else f"samples of {files} {self.noun}"
         line = (
-            f"{self.info.samples} {self.noun}{totals} in {len(self.info.shards)} shards ({labels}): "
+            f"{self.info.samples} {what}{totals} in {len(self.info.shards)} shards ({labels}): "
             f"{self.counts['copied']} copied, {self.counts['converted']} converted, {self.counts['skipped']} skipped"
         )
         return line + ("; see report.jsonl" if self.reported else "")

@@ -326,7 +326,8 @@ def test_sizes(text: str, size: int) -> None:
 
 
 def test_demo_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_demo_data.main([str(tmp_path / "a"), "--images-per-class", "3", "--workers", "2"]) == 0
+    only = ("--only", "image")
+    assert make_demo_data.main([str(tmp_path / "a"), "--images-per-class", "3", "--workers", "2", *only]) == 0
     folder = tmp_path / "a" / "image"
     assert sorted(path.name for path in folder.iterdir()) == list(CLASSES)
     assert len(CLASSES) == 8
@@ -336,15 +337,15 @@ def test_demo_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with Image.open(path) as image:
             assert 96 <= min(image.size) <= max(image.size) <= 128
             assert np.asarray(image).std() > 10
-    make_demo_data.main([str(tmp_path / "b"), "--images-per-class", "3", "--workers", "1"])
+    make_demo_data.main([str(tmp_path / "b"), "--images-per-class", "3", "--workers", "1", *only])
     assert files(folder) == files(tmp_path / "b" / "image"), "same seed, same files"
     assert demo_image("disc", 0, 1) != demo_image("disc", 0, 2)
-    assert make_demo_data.main([str(tmp_path / "a"), "--images-per-class", "1"]) == 2
+    assert make_demo_data.main([str(tmp_path / "a"), "--images-per-class", "1", *only]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert make_demo_data.main([str(tmp_path / "a"), "--images-per-class", "1", "--overwrite"]) == 0
+    assert make_demo_data.main([str(tmp_path / "a"), "--images-per-class", "1", "--overwrite", *only]) == 0
     assert len(list(folder.rglob("*.jpg"))) == 8
     (folder / "mine.txt").write_text("")
-    assert make_demo_data.main([str(tmp_path / "a"), "--overwrite"]) == 2
+    assert make_demo_data.main([str(tmp_path / "a"), "--overwrite", *only]) == 2
     assert make_demo_data.main([str(tmp_path / "c"), "--images-per-class", "0"]) == 2
 
 

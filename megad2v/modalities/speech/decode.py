@@ -6,10 +6,13 @@ images has neither.
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +33,9 @@ MAX_VALUES = 2**27
 """Samples x channels that are decoded at once (half a GiB of float32, 2.3 hours at 16 kHz): a header of some bytes can
 declare a thousand times as much."""
 
+BLOCK = 2**16
+"""Samples read at a time from a file that does not say how many it has."""
+
 HEADER_BYTES = 4_096
 """Enough to hold the length of nearly every FLAC and WAV file; otherwise it is unknown, nothing worse."""
 UNKNOWN_SIZE = 0x7FFF_0000
@@ -41,7 +47,7 @@ FIXED_SIZE_CODECS = frozenset({0x0001, 0x0003, 0x0006, 0x0007, 0xFFFE})
 def audio_library(name: str) -> ModuleType:
     """soundfile or soxr. Raises UserError where it cannot be imported."""
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except (ImportError, OSError) as error:  # soundfile raises OSError where libsndfile is missing
         raise UserError(
             f"speech needs soundfile and soxr, and {name} does not import ({error}); pip install 'megad2v[speech]'"
@@ -58,15 +64,15 @@ def read_waveform(data: bytes) -> Waveform:
     """
     soundfile = audio_library("soundfile")
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate, declared = file.samplerate, file.frames
+        with sound_file(io.BytesIO(data)) as file:
+            rate, declared = file.samplerate, declared_frames(file)
             check_rate(rate)
-            if declared * file.channels > MAX_VALUES:
+            if (declared or 0) * file.channels > MAX_VALUES:
                 raise BadSample(f"{declared} samples x {file.channels} channels are more than the {MAX_VALUES} allowed")
-            samples_tc = file.read(dtype="float32", always_2d=True)
+            samples_tc = _read_all(file, declared)
     except soundfile.LibsndfileError as error:
         raise BadSample(decoder_message(error)) from error
-    if len(samples_tc) < declared:
+    if len(samples_tc) < (declared or 0):
         raise BadSample(f"truncated: {len(samples_tc)} of {declared} samples")
     waveform = mono(samples_tc)
     if rate != SAMPLE_RATE:
@@ -74,6 +80,34 @@ def read_waveform(data: bytes) -> Waveform:
     if not waveform.size:
         raise BadSample("no samples")
     return waveform
+
+
+def sound_file(source: io.BytesIO | Path) -> Any:
+    """An open soundfile.SoundFile that only ever reads on. Raises soundfile.LibsndfileError.
+
+    SoundFile seeks to where it is after each read, which fails at the end of a FLAC that was written into a pipe.
+    """
+    file = audio_library("soundfile").SoundFile(source)
+    file.seekable = lambda: False
+    return file
+
+
+def declared_frames(file: Any) -> int | None:
+    """Samples per channel that an open SoundFile declares; None for a FLAC that was written into a pipe."""
+    return file.frames if file.frames < 2**62 else None
+
+
+def _read_all(file: Any, declared: int | None) -> npt.NDArray[np.float32]:
+    """(T, C) float32. Memory is reserved for what is declared, or for one block after the other."""
+    blocks, left = [], MAX_VALUES // file.channels
+    while len(block := file.read(BLOCK if declared is None else declared + 1, dtype="float32", always_2d=True)):
+        blocks.append(block)
+        left -= len(block)
+        if left < 0:
+            raise BadSample(f"more than the {MAX_VALUES} samples x channels allowed")
+    if len(blocks) == 1:
+        return blocks[0]
+    return np.concatenate(blocks) if blocks else np.zeros((0, file.channels), dtype=np.float32)
 
 
 def check_rate(rate: int) -> None:

@@ -16,11 +16,14 @@ from megad2v.modalities.sample import BadSample
 from megad2v.modalities.speech.decode import (
     RESAMPLING,
     SAMPLE_RATE,
+    UNKNOWN_SIZE,
     Waveform,
     audio_library,
     check_rate,
+    declared_frames,
     decoder_message,
     mono,
+    sound_file,
 )
 
 DECODERS = ("soundfile", "torchaudio")
@@ -28,9 +31,11 @@ BLOCK_VALUES = 2**19
 """Samples x channels that are decoded at a time: 2 MiB of float32."""
 SHORTER = re.compile(r"^\s*(.+?)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 """libsndfile's remark on a chunk whose declared size does not fit the file."""
-UNKNOWN = 0x7FFF_0000
-"""Declared sizes from here on mean "unknown" (files that were written into a pipe)."""
-MP3_SLACK = 4 * 1152
+SAMPLE_CHUNKS = frozenset({"data", "SSND", "BODY", "Data Size", "Riff size", "riff"})
+"""The chunks with the samples; RF64 and W64 are judged by the whole. Other chunks may be cut, audio is not."""
+CHUNK_SLACK = 64
+"""Bytes: some programs count a missing pad byte, or the header, as samples."""
+MP3_SLACK = 2 * 1152
 """Samples by which whole MP3s come out shorter than declared: the encoder's delay and padding, counted or not."""
 NIST_COUNT = re.compile(rb"\nsample_count -i (\d+)")
 NIST_HEADER = 1024
@@ -105,13 +110,13 @@ def open_recording(path: Path, decoder: str = "soundfile") -> Iterator[Recording
     with path.open("rb"):  # libsndfile says "System error." for all that the system has a name for
         pass
     try:
-        file = soundfile.SoundFile(path)
+        file = sound_file(path)
     except soundfile.LibsndfileError as error:
         raise BadSample(decoder_message(error)) from error
     with file:
         check_rate(file.samplerate)
         _check_whole(path, file)
-        frames = file.frames if 0 < file.frames < 2**62 else None
+        frames = declared_frames(file)
         blocks = _read_blocks(file, frames)
         yield Recording(file.samplerate, file.channels, frames, file.format, file.subtype, blocks)
 
@@ -132,7 +137,7 @@ def _read_blocks(file: Any, declared: int | None) -> Iterator[Waveform]:
 def _check_whole(path: Path, file: Any) -> None:
     """Raises BadSample for a file that ends too soon. libsndfile corrects the length of most formats in silence."""
     for chunk, declared, actual in SHORTER.findall(file.extra_info):
-        if int(actual) < int(declared) < UNKNOWN:
+        if chunk in SAMPLE_CHUNKS and int(actual) + CHUNK_SLACK < int(declared) < UNKNOWN_SIZE:
             raise BadSample(f"truncated: {actual} of {declared} bytes ({chunk} chunk)")
     if file.format == "NIST":
         with path.open("rb") as raw:
@@ -162,6 +167,8 @@ def _load_whole(path: Path) -> Recording:
         pass
     try:
         samples_ct, rate = _torchaudio().load(str(path))
+    except ImportError as error:  # torchaudio is there, the backend that it decodes with is not
+        raise UserError(f"--decoder torchaudio: {' '.join(str(error).split())[:200]}") from error
     except Exception as error:  # its backends (FFmpeg, SoX, TorchCodec) share no type of error
         raise BadSample(f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     check_rate(int(rate))

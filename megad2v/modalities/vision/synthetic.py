@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import io
 import math
-import shutil
-import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from megad2v.errors import UserError
+from megad2v.modalities.demo import in_processes, write_demo
 from megad2v.modalities.draws import generator
 
 Floats = npt.NDArray[np.float32]
@@ -130,23 +127,13 @@ def write_demo_images(folder: Path, per_class: int, seed: int, *, workers: int, 
 
     Raises UserError when it exists (with `overwrite`: when it holds anything but demo classes) or cannot be written.
     """
-    if folder.exists():
-        foreign = not folder.is_dir() or any(path.name not in SHAPES for path in folder.iterdir())
-        if foreign or not overwrite:
-            raise UserError(f"{folder}: is there already; give another OUT{'' if foreign else ', or --overwrite'}")
-    aside = folder.with_name(f".{folder.name}.making")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    def fill(aside: Path) -> None:
         for name in CLASSES:
-            (aside / name).mkdir(parents=True)
-        # Ctrl-C reaches all processes; without this each of them would print a traceback.
-        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-            list(pool.map(_write_some, _jobs(aside, per_class, seed)))
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); give another OUT") from error
+            (aside / name).mkdir()
+        in_processes(_write_some, _jobs(aside, per_class, seed), workers)
+
+    write_demo(folder, CLASSES, fill, overwrite=overwrite)
 
 
 def _jobs(folder: Path, per_class: int, seed: int) -> Iterator[tuple[Path, str, range, int]]:
