@@ -82,7 +82,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
         valid=valid,
         throughput=Throughput(
             tokens_per_sample=positions(config),
-            flops_per_sample=flops_per_sample(config),
+            flops_per_sample=flops_per_sample(config, positions(config)),
             peak_flops=peak * world.size if peak else None,
         ),
         records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),
