@@ -54,7 +54,8 @@ class ConvBlock(nn.Module):
         """(B, in, T) -> (B, channels, floor((T - kernel) / stride) + 1)."""
         x_bct = self.conv(x_bct)
         if self.over_channels:
-            return F.gelu(self.norm(x_bct.transpose(1, 2))).transpose(1, 2)
+            # GELU comes last, as elsewhere: torch rounds it differently where memory lies differently.
+            return F.gelu(self.norm(x_bct.transpose(1, 2)).transpose(1, 2))
         return F.gelu(self.norm(x_bct))
 
 

@@ -36,5 +36,5 @@ class ConvPositions(nn.Module):
         for conv in self.layers:
             # An even kernel makes one frame too many.
             y_btd = conv(x_btd.transpose(1, 2))[..., :length].transpose(1, 2)
-            x_btd = F.gelu(F.layer_norm(y_btd, y_btd.shape[-1:], eps=EPS))
+            x_btd = F.gelu(F.layer_norm(y_btd, y_btd.shape[-1:], eps=EPS).transpose(1, 2)).transpose(1, 2)
         return x_btd
