@@ -36,7 +36,7 @@ def _finite(section: Any, prefix: str = "") -> list[str]:
 
 
 def _model(config: Config) -> list[str]:
-    model, vision, problems = config.model, config.vision, []
+    model, problems = config.model, []
     if min(model.width, model.depth, model.heads) < 1:
         problems.append("model.width, model.depth and model.heads must be at least 1")
     elif model.width % model.heads:
@@ -51,6 +51,11 @@ def _model(config: Config) -> list[str]:
             problems.append(f"model.{key}: expected a probability in [0, 1), got {getattr(model, key)}")
     if model.deep_norm and model.norm != "post":
         problems.append("model.deep_norm: scales the residual stream before post-norms; set model.norm post")
+    return problems + (_speech(config) if config.modality == "speech" else _vision(config))
+
+
+def _vision(config: Config) -> list[str]:
+    vision, problems = config.vision, []
     if vision.patch_size < 1 or vision.image_size < 1 or vision.image_size % vision.patch_size:
         problems.append(
             f"vision.image_size: {vision.image_size} is not a multiple of vision.patch_size {vision.patch_size}"
@@ -59,6 +64,28 @@ def _model(config: Config) -> list[str]:
         problems.append(f"vision.channels: images are decoded to RGB, so 3, got {vision.channels}")
     if min(vision.std) <= 0:
         problems.append(f"vision.std: pixels are divided by it, so every value must be above 0, got {vision.std}")
+    return problems
+
+
+def _speech(config: Config) -> list[str]:
+    model, speech, problems = config.model, config.speech, []
+    if not speech.conv_layers or any(min(layer) < 1 for layer in speech.conv_layers):
+        problems.append(
+            "speech.conv_layers: expected at least one (channels, kernel, stride), every number at least 1, "
+            f"got {speech.conv_layers}"
+        )
+    for channels, kernel, stride in speech.conv_layers:
+        if stride > kernel:
+            problems.append(
+                f"speech.conv_layers: ({channels}, {kernel}, {stride}) passes over {stride - kernel} of every {stride} "
+                "samples; a stride is at most its kernel"
+            )
+    if speech.position_depth < 1 or speech.position_kernel < 1:
+        problems.append("speech.position_depth and speech.position_kernel must be at least 1")
+    if speech.position_groups < 1 or model.width % speech.position_groups:
+        problems.append(f"speech.position_groups: {speech.position_groups} does not divide model.width {model.width}")
+    if model.relative_bias:
+        problems.append("model.relative_bias: is a table over a grid of patches; speech has none, set it false")
     return problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,7 +82,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
         loader=loader,
         valid=valid,
         throughput=Throughput(
-            flops=SampleFlops(lambda count: flops_per_sample(config), positions(config)),
+            flops=SampleFlops(partial(flops_per_sample, config), positions(config)),
             peak_flops=peak * world.size if peak else None,
         ),
         records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),

@@ -9,21 +9,19 @@ from typing import Any
 from safetensors.torch import save_file
 
 from megad2v.config.schema import Config
-from megad2v.training.layer_drop import kept_blocks
+from tests.distributed import layouts
 from tests.distributed.layouts import Layout, tiny_config
-
-RATE = 0.4
 
 
 def config_with_drop(steps: int) -> Config:
     """Three blocks, so that some steps keep all, some none, and some a part."""
     config = tiny_config(steps=steps)
-    return replace(config, model=replace(config.model, depth=3, layer_drop=RATE))
+    return replace(config, model=replace(config.model, depth=3, layer_drop=0.4))
 
 
 def kept_in(step: int) -> tuple[int, ...]:
     """As the trainer draws them."""
-    kept = kept_blocks(1, step, depth=3, rate=RATE)
+    kept = layouts.kept_in(config_with_drop(step + 1), step)
     assert kept is not None
     return kept
 

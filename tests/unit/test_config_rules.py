@@ -36,6 +36,11 @@ def of_lengths(**sections: dict[str, Any]) -> Config:
     return dataclasses.replace(broken(**sections), modality="speech")
 
 
+def broken_speech(model: dict[str, Any] | None = None, **speech: Any) -> Config:
+    shape = {"norm": "post", "relative_bias": False, **(model or {})}
+    return dataclasses.replace(broken(model=shape, speech=speech), modality="speech")
+
+
 RULES: list[tuple[Config, str]] = [
     (broken(optimizer={"lr": math.nan}, model={"depth": 0}), "optimizer.lr: expected a finite number, got nan"),
     (broken(model={"depth": 0}), "model.width, model.depth and model.heads must be at least 1"),
@@ -53,6 +58,25 @@ RULES: list[tuple[Config, str]] = [
     (broken(vision={"image_size": 60}), "vision.image_size: 60 is not a multiple of vision.patch_size 8"),
     (broken(vision={"patch_size": 0}), "vision.image_size: 64 is not a multiple of vision.patch_size 0"),
     (broken(vision={"channels": 1}), "vision.channels: images are decoded to RGB, so 3, got 1"),
+    (
+        broken_speech(conv_layers=()),
+        "speech.conv_layers: expected at least one (channels, kernel, stride), every number",
+    ),
+    (
+        broken_speech(conv_layers=((512, 10, 0),)),
+        "speech.conv_layers: expected at least one (channels, kernel, stride)",
+    ),
+    (
+        broken_speech(conv_layers=((8, 10, 5), (8, 2, 3))),
+        "speech.conv_layers: (8, 2, 3) passes over 1 of every 3 sampl",
+    ),
+    (broken_speech(position_depth=0), "speech.position_depth and speech.position_kernel must be at least 1"),
+    (broken_speech(position_groups=7), "speech.position_groups: 7 does not divide model.width 192"),
+    (broken_speech(position_groups=0), "speech.position_groups: 0 does not divide model.width 192"),
+    (
+        broken_speech(model={"relative_bias": True}),
+        "model.relative_bias: is a table over a grid of patches; speech has",
+    ),
     (broken(model={"mlp_ratio": 0.0}), "model.mlp_ratio: expected more than 0, got 0.0"),
     (broken(model={"norm_eps": -1e-6}), "model.norm_eps: expected more than 0, got -1e-06"),
     (broken(vision={"std": (0.5, 0.0, 0.5)}), "vision.std: pixels are divided by it, so every value must be above 0"),
@@ -171,3 +195,6 @@ def test_good_configurations_pass() -> None:
     validate(broken(data={"max_bad_fraction": 0.0}))
     validate(of_lengths(speech={"min_seconds": 30.0, "max_seconds": 30.0}, mask={"span": 1, "min_spans": 0}))
     validate(of_lengths(data={"micro_batch": MicroBatchConfig(samples=1)}))
+    # A modality's rules are its own.
+    validate(broken(speech={"position_groups": 7}))
+    validate(dataclasses.replace(broken_speech(), vision=dataclasses.replace(Config().vision, image_size=60)))

@@ -7,22 +7,35 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megad2v.config.load import load_config, recipes
-from megad2v.config.schema import Config, ModelConfig, TargetsConfig, VisionConfig
+from megad2v.config.schema import Config, ModelConfig, TargetsConfig, TeacherConfig, VisionConfig
 from megad2v.metrics.flops import flops_per_sample
 from megad2v.metrics.throughput import SampleFlops, Throughput
 from megad2v.modalities.build import build_student, build_teacher, positions
+from megad2v.modalities.speech.geometry import samples_needed
 
 
-def by_hand(config: Config) -> float:
-    """2 per multiplication and addition; student forward and backward are three forwards, the teacher's is one more.
+def by_hand(config: Config, count: int) -> float:
+    """2 per multiplication and addition; student forward and backward are three forwards, the teacher's is one more,
+    without a front end that it shares.
 
     Norms, softmax and biases are left out: they are what the tolerance is for.
     """
-    d, t = config.model.width, positions(config) + 1
+    d, speech = config.model.width, config.speech
+    if config.modality == "speech":
+        t, front, inputs, samples = count, 0, 1, samples_needed(count, speech.conv_layers)
+        for channels, kernel, stride in speech.conv_layers:
+            samples = (samples - kernel) // stride + 1
+            front += 2 * samples * channels * inputs * kernel
+            inputs = channels
+        front += 2 * count * inputs * d
+        added = speech.position_depth * 2 * count * d * (d // speech.position_groups) * speech.position_kernel
+    else:
+        t, added = count + 1, 0
+        front = 2 * count * d * config.vision.channels * config.vision.patch_size**2
     projections = 2 * t * d * (3 * d + d + 2 * config.model.mlp_ratio * d)
     scores = 2 * (2 * t * t * d)
-    patches = 2 * positions(config) * d * config.vision.channels * config.vision.patch_size**2
-    return 4 * (patches + config.model.depth * (projections + scores))
+    own_front_end = config.teacher.scope == "model"
+    return (4 if own_front_end else 3) * front + 4 * (added + config.model.depth * (projections + scores))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +55,20 @@ def by_hand(config: Config) -> float:
     ids=["defaults", "224 pixels", "attention outweighs projections"],
 )
 def test_flops(config: Config) -> None:
-    assert flops_per_sample(config) == pytest.approx(by_hand(config), rel=0.01)
+    count = positions(config)
+    assert flops_per_sample(config, count) == pytest.approx(by_hand(config, count), rel=0.01)
+
+
+@pytest.mark.parametrize("scope", ["encoder", "model"])
+@pytest.mark.parametrize("frames", [49, 200])
+def test_flops_of_speech(frames: int, scope: str) -> None:
+    """Convolutions included, of which the teacher may share the front end's."""
+    config = Config(
+        modality="speech",
+        model=ModelConfig(width=192, depth=4, heads=3, norm="post", relative_bias=False),
+        teacher=TeacherConfig(scope=scope),
+    )
+    assert flops_per_sample(config, frames) == pytest.approx(by_hand(config, frames), rel=0.001)
 
 
 @pytest.mark.parametrize("recipe", sorted(recipes()))
@@ -54,7 +80,8 @@ def test_recipe_builds_without_memory(recipe: str) -> None:
     for name, parameter in teacher.named_parameters():
         assert parameter.shape == shapes[name], name
     assert all(parameter.is_meta for parameter in student.parameters())
-    assert flops_per_sample(config) == pytest.approx(by_hand(config), rel=0.01)
+    count = positions(config)
+    assert flops_per_sample(config, count) == pytest.approx(by_hand(config, count), rel=0.01)
 
 
 def test_throughput_is_a_mean_since_it_was_read() -> None:
