@@ -22,6 +22,7 @@ ORACLE = "tests/distributed/test_layouts.py::test_teacher_equals_float64_oracle"
 GUARD = "tests/distributed/test_guard.py"
 PARALLEL = "tests/distributed/test_parallel.py"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
+LENGTHS, SPANS = "tests/unit/test_plan_lengths.py", "tests/unit/test_speech_masking.py"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
@@ -110,8 +111,8 @@ MUTANTS = (
     Mutant(
         "order of samples ignores the epoch",
         "megad2v/data/plan.py",
-        "self.order.indices(epoch,",
-        "self.order.indices(0,",
+        "self._order.indices(epoch,",
+        "self._order.indices(0,",
         "tests/unit/test_plan.py::test_epochs_differ",
     ),
     Mutant(
@@ -120,6 +121,69 @@ MUTANTS = (
         'generator(self._seed, epoch, sample_id, "augment")',
         'generator(self._seed, sample_id, "augment")',
         "tests/unit/test_purity.py",
+    ),
+    Mutant(
+        "buckets meet a window's samples in step",
+        "megad2v/data/buckets.py",
+        'salt=("bucket", number)',
+        "salt=()",
+        f"{LENGTHS}::test_buckets_mix_the_same_window_differently",
+    ),
+    Mutant(
+        "each bucket shuffles the shards for itself",
+        "megad2v/data/buckets.py",
+        "SampleOrder(sizes, seed=seed,",
+        "SampleOrder(sizes, seed=seed + number,",
+        f"{LENGTHS}::test_reading_stays_near_in_the_shards",
+    ),
+    Mutant(
+        "rows by half of a bucket's length",
+        "megad2v/data/buckets.py",
+        "budget.rows(end)",
+        "budget.rows(end // 2)",
+        f"{LENGTHS}::test_budget_and_bucket_hold",
+    ),
+    Mutant(
+        "buckets one after the other",
+        "megad2v/data/buckets.py",
+        "which, j = self.place(epoch, position)",
+        "which, j = sorted(self.place(epoch, p) for p in range(self.epoch_micro_batches))[position]",
+        f"{LENGTHS}::test_buckets_are_spread_over_the_epoch",
+    ),
+    Mutant(
+        "spans start with replacement",
+        "megad2v/modalities/speech/masking.py",
+        "starts = subset(frames - reserve, count, rng)",
+        "starts = (rng.random(count) * (frames - reserve)).astype(int)",
+        f"{SPANS}::test_distribution_is_the_specs",
+    ),
+    Mutant(
+        "spans reach the last frame",
+        "megad2v/modalities/speech/masking.py",
+        "reserve = span if",
+        "reserve = span - 1 if",
+        f"{SPANS}::test_published_setting",
+    ),
+    Mutant(
+        "normalised after the crop",
+        "megad2v/modalities/speech/transforms.py",
+        "_normalisation(waveform) if",
+        "_normalisation(waveform[: len(waveform) // 2]) if",
+        "tests/unit/test_speech_transforms.py::test_training_crops_to_the_shortest_after_normalising_the_whole",
+    ),
+    Mutant(
+        "crops of speech ignore the epoch",
+        "megad2v/modalities/speech/transforms.py",
+        'generator(self._seed, epoch, sample_id, "crop")',
+        'generator(self._seed, sample_id, "crop")',
+        "tests/unit/test_speech_transforms.py::test_crop_and_mask_each_change",
+    ),
+    Mutant(
+        "padding counts as positions",
+        "megad2v/modalities/batch.py",
+        "if self.padding_bt is None or not rows:",
+        "if True:",
+        "tests/unit/test_speech_transforms.py::test_positions_that_count",
     ),
     # --- the step
     Mutant(

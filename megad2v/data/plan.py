@@ -90,7 +90,8 @@ def training_plan(config: Config, shards: ShardSet) -> tuple[Plan, list[str]]:
     lengths = shards.lengths()
     plan = BucketPlan(lengths, shards.shard_sizes, budget, ratio=data.bucket_ratio, seed=seed, window=data.window)
     remarks = _left_out("data.shards", config, lengths, budget)
-    remarks.append(f"data.shards: {plan.buckets} length buckets, {plan.epoch_micro_batches} micro-batches an epoch")
+    buckets = "1 length bucket" if plan.buckets == 1 else f"{plan.buckets} length buckets"
+    remarks.append(f"data.shards: {buckets}, {plan.epoch_micro_batches} micro-batches an epoch")
     return plan, remarks
 
 

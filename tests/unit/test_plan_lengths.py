@@ -120,7 +120,10 @@ def test_merge_is_that_of_the_times() -> None:
 
 def test_buckets_are_spread_over_the_epoch() -> None:
     """Any stretch has of each bucket what its share is, to one or two; and the length changes all the time."""
-    planned = plan(speechlike(20_000))
+    lengths = speechlike(20_000)
+    planned = plan(lengths)
+    met = [lengths[[index for _, index in planned.numbered(number)]].max() for number in range(20)]
+    assert np.std(met) > 0.5 * np.std(np.minimum(lengths, LONGEST)), "as different as the recordings themselves"
     total, stretch = planned.epoch_micro_batches, 200
     buckets = np.array([planned.place(0, position)[0] for position in range(total)])
     shares = np.bincount(buckets) / total
