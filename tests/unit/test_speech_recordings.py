@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from megad2v.modalities.speech.decode import read_waveform
+from megad2v.modalities.speech.recording import BLOCK_VALUES, open_recording
 from megad2v.modalities.speech.shards import SpeechFile, SpeechOptions, make_samples
 from megad2v.modalities.speech.synthetic import demo_clip
 
 soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("soxr")
+soxr = pytest.importorskip("soxr")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLAIN = SpeechOptions()
@@ -124,8 +125,9 @@ def test_odd_headers_are_not_truncation(tmp_path: Path) -> None:
         assert np.array_equal(pcm(outcome.samples[0]), CLIP), outcome.reason
     flac = write(tmp_path / "y.flac").read_bytes()
     (tmp_path / "y.flac").write_bytes(flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:])
-    outcome = make_samples(tmp_path, SpeechFile("y.flac", -1), PLAIN)
-    assert outcome.action == "converted", "so that its copy declares its length"
+    for text in ("", "transcribed"):
+        outcome = make_samples(tmp_path, SpeechFile("y.flac", -1, text), PLAIN)
+        assert outcome.action == "converted", "so that what is stored declares its length"
     assert np.array_equal(pcm(outcome.samples[0]), CLIP)
 
 
@@ -162,6 +164,17 @@ def test_long_recordings_are_cut_in_pauses(tmp_path: Path) -> None:
     assert text.reason.endswith("40.0 s, longer than --max-seconds, but transcribed: not cut")
     assert np.array_equal(pcm(text.samples[0]), loud)
     assert len(make_samples(tmp_path, SpeechFile("x.wav", -1), SpeechOptions(max_seconds=0)).samples) == 1
+
+
+def test_blocks_are_resampled_as_one(tmp_path: Path) -> None:
+    """Several blocks give what soxr gives for the whole, to the bit."""
+    whole = np.random.default_rng(0).integers(-9_000, 9_000, (BLOCK_VALUES * 3 // 2, 2), dtype=np.int16)
+    path = write(tmp_path / "x.wav", whole, 44_100)
+    with open_recording(path) as recording:
+        blocks = list(recording.waveform())
+    assert len(blocks) > 3
+    expected = soxr.resample((whole[:, 0] / 2 + whole[:, 1] / 2).astype(np.float32) / 32768, 44_100, 16_000, "HQ")
+    assert np.array_equal(np.concatenate(blocks), expected)
 
 
 @pytest.mark.parametrize("seconds", [2.99, 3.0, 3.00007, 3.5, 4.1, 6.0, 9.7])

@@ -38,8 +38,8 @@ BLOCK = 2**16
 
 HEADER_BYTES = 4_096
 """Enough to hold the length of nearly every FLAC and WAV file; otherwise it is unknown, nothing worse."""
-UNKNOWN_SIZE = 0x7FFF_0000
-"""Programs that write a WAV file into a pipe declare at least this many bytes, as they cannot know."""
+UNKNOWN_SIZES = (range(0x7FFF_0000, 0x8000_0000), range(0xFFFF_0000, 0x1_0000_0000))
+"""Bytes that programs declare which write a WAV file into a pipe and cannot know: a little below 2 or 4 GiB."""
 FIXED_SIZE_CODECS = frozenset({0x0001, 0x0003, 0x0006, 0x0007, 0xFFFE})
 """WAV codecs with samples of equal size: PCM, float, A-law, mu-law, extensible (one of these, in practice)."""
 
@@ -137,6 +137,11 @@ def resampled_length(frames: int, rate: int) -> int:
     return (2 * frames * SAMPLE_RATE + rate) // (2 * rate)
 
 
+def is_unknown(size: int) -> bool:
+    """Whether a declared number of bytes means that it was not known."""
+    return any(size in sizes for sizes in UNKNOWN_SIZES)
+
+
 def frame_count(head: bytes) -> int:
     """Samples at 16 kHz, from the first bytes of a FLAC or WAV file; 0 when they do not say. Needs no library."""
     try:
@@ -164,7 +169,7 @@ def _wav_length(head: bytes) -> tuple[int, int]:
             (large,) = struct.unpack_from("<Q", head, start + 8)
         elif name == b"data" and block:
             size = large or size
-            if large == 0 and size >= UNKNOWN_SIZE:
+            if is_unknown(size) and not large:
                 break
             return size // block, rate
     raise ValueError("length is not known")

@@ -16,12 +16,12 @@ from megad2v.modalities.sample import BadSample
 from megad2v.modalities.speech.decode import (
     RESAMPLING,
     SAMPLE_RATE,
-    UNKNOWN_SIZE,
     Waveform,
     audio_library,
     check_rate,
     declared_frames,
     decoder_message,
+    is_unknown,
     mono,
     sound_file,
 )
@@ -137,7 +137,8 @@ def _read_blocks(file: Any, declared: int | None) -> Iterator[Waveform]:
 def _check_whole(path: Path, file: Any) -> None:
     """Raises BadSample for a file that ends too soon. libsndfile corrects the length of most formats in silence."""
     for chunk, declared, actual in SHORTER.findall(file.extra_info):
-        if chunk in SAMPLE_CHUNKS and int(actual) + CHUNK_SLACK < int(declared) < UNKNOWN_SIZE:
+        short = int(actual) + CHUNK_SLACK < int(declared)
+        if chunk in SAMPLE_CHUNKS and short and not is_unknown(int(declared)):
             raise BadSample(f"truncated: {actual} of {declared} bytes ({chunk} chunk)")
     if file.format == "NIST":
         with path.open("rb") as raw:

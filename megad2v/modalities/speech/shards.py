@@ -149,8 +149,8 @@ def _convert(
 ) -> Outcome:
     limit = round(options.max_seconds * SAMPLE_RATE) if options.max_seconds and not text else None
     sound = _Sound(recording)
-    # Its length is only believed after it was decoded, below.
-    copy = recording.is_shard_format and (limit is None or (recording.frames or limit + 1) <= limit)
+    # One that does not declare its length is written anew, so that the index can know it.
+    copy = recording.is_shard_format and 0 < (recording.frames or 0) <= (limit or np.inf)
     if copy:
         data = (folder / file.path).read_bytes()
         copy = data[:4] == b"fLaC"  # not an ID3 tag, which other readers stumble over
