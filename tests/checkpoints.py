@@ -42,7 +42,7 @@ def small_config(*, scope: str = "encoder", seed: int = 3, **model: Any) -> Conf
 def small_speech_config(
     *, scope: str = "encoder", seed: int = 3, speech: Mapping[str, Any] | None = None, **model: Any
 ) -> Config:
-    """A speech model of 19,000 parameters: 20 samples a frame, and the recipe's norms, targets and loss."""
+    """A speech model of 18,000 parameters: 20 samples a frame, and the recipe's norms, targets and loss."""
     shape = {
         "width": 24,
         "depth": 3,
