@@ -42,10 +42,18 @@ def small_config(*, scope: str = "encoder", seed: int = 3, **model: Any) -> Conf
 def small_speech_config(
     *, scope: str = "encoder", seed: int = 3, speech: Mapping[str, Any] | None = None, **model: Any
 ) -> Config:
-    """A speech model of 19,000 parameters: 20 samples a frame, and the recipe's norms, targets and loss."""
+    """A speech model of 18,000 parameters: 20 samples a frame, and the recipe's norms, targets and loss."""
     shape = {
-        **{"width": 24, "depth": 3, "heads": 3, "mlp_ratio": 2.0, "norm": "post", "layer_scale": None},
-        **{"qkv_bias": "full", "relative_bias": False, "head_layers": 1, **model},
+        "width": 24,
+        "depth": 3,
+        "heads": 3,
+        "mlp_ratio": 2.0,
+        "norm": "post",
+        "layer_scale": None,
+        "qkv_bias": "full",
+        "relative_bias": False,
+        "head_layers": 1,
+        **model,
     }
     geometry = {"conv_layers": ((16, 10, 5), (12, 3, 2), (16, 2, 2)), "position_depth": 2, "position_kernel": 5}
     return Config(

@@ -358,6 +358,49 @@ MUTANTS = (
         "layer_drop/{seed}/{block}",
         "tests/unit/test_guard.py::test_layer_drop_is_a_pure_draw",
     ),
+    # --- speech
+    Mutant(
+        "speech: positions without their norms",
+        "megad2v/modalities/speech/positions.py",
+        "F.gelu(F.layer_norm(y_btd, y_btd.shape[-1:], eps=EPS).transpose(1, 2))",
+        "F.gelu(y_btd.transpose(1, 2))",
+        "tests/parity/test_reference.py::test_intermediates",
+    ),
+    Mutant(
+        "speech: the teacher's view is masked too",
+        "megad2v/modalities/speech/front_end.py",
+        "return torch.where(mask_bt.unsqueeze(-1), self.mask_token.to(clean_btd.dtype), clean_btd), clean_btd",
+        "return (torch.where(mask_bt.unsqueeze(-1), self.mask_token.to(clean_btd.dtype), clean_btd),) * 2",
+        "tests/unit/test_speech_front_end.py::test_views_and_mask_token",
+    ),
+    Mutant(
+        "speech: padding not zeroed in front of the positions",
+        "megad2v/models/encoder.py",
+        "x_btd = x_btd.masked_fill(padding_bt.unsqueeze(-1), 0)",
+        "pass",
+        "tests/parity/test_hugging_face_speech.py::test_every_hidden_state_is_theirs",
+    ),
+    Mutant(
+        "speech: query and key exchanged in an export",
+        "megad2v/modalities/speech/hf_keys.py",
+        'for part in ("q", "k", "v")',
+        'for part in ("k", "q", "v")',
+        "tests/cli/test_convert.py::test_speech",
+    ),
+    Mutant(
+        "speech: copied positions averaged",
+        "megad2v/teacher/ema.py",
+        "(self._copied, 1.0)",
+        "(self._copied, 1.0 - decay)",
+        ORACLE,
+    ),
+    Mutant(
+        "layer drop under one trace",
+        "megad2v/engine/traces.py",
+        "if kind == self._current:",
+        "if self._current is not None:",
+        "tests/distributed/test_layer_drop.py::test_a_dropped_block_is_not_gathered",
+    ),
     # --- resuming
     Mutant(
         "Adam's step not restored",

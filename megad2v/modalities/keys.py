@@ -32,7 +32,12 @@ class KeyMap:
     """
 
     def __init__(
-        self, program: str, *, plain: Mapping[str, str], transposed: Mapping[str, str], projections: tuple[str, str, str]
+        self,
+        program: str,
+        *,
+        plain: Mapping[str, str],
+        transposed: Mapping[str, str],
+        projections: tuple[str, str, str],
     ) -> None:
         """`plain`: same layout, ours to theirs; `transposed`: matrices that are laid out the other way; `projections`:
         their query, key and value, without ".weight" and ".bias", of our "encoder.blocks.*.attention.qkv"."""

@@ -86,8 +86,8 @@ def start() -> Any:
     return world
 
 
-def build(world: Any, config: Any, layout: Layout) -> Trainer:
-    """`config` trained on `layout`. Collective."""
+def build(world: Any, config: Any, layout: Layout, *, prefetch: int | None = None) -> Trainer:
+    """`config` trained on `layout`; `prefetch` is ZeRO-3's bucket in elements. Collective."""
     from megad2v.teacher.ema import ShardedTeacher
     from megad2v.training.setup import build_engine
     from tests.distributed.layouts import deepspeed_config
@@ -97,7 +97,7 @@ def build(world: Any, config: Any, layout: Layout) -> Trainer:
     if layout.tensor > 1:
         world = replace(world, topology=Topology(layout.tensor, "cpu"))
     config = layout.apply(config)
-    ds = deepspeed_config(config, layout.zero, world.data.size, layout.persistence, layout.precision)
+    ds = deepspeed_config(config, layout.zero, world.data.size, layout.persistence, layout.precision, prefetch)
     engine = build_engine(config, ds, world)
     return Trainer(world, config, engine, ShardedTeacher(engine, copied=copied_parameters(config)))
 

@@ -99,8 +99,15 @@ def tiny_config(
 
 def _as_speech(config: Config) -> Config:
     model = ModelConfig(
-        **{"width": 24, "depth": 3, "heads": 4, "norm": "post", "layer_scale": None, "qkv_bias": "full"},
-        **{"relative_bias": False, "head_layers": 1, "layer_drop": 0.3},
+        width=24,
+        depth=3,
+        heads=4,
+        norm="post",
+        layer_scale=None,
+        qkv_bias="full",
+        relative_bias=False,
+        head_layers=1,
+        layer_drop=0.3,
     )
     return replace(
         config,
@@ -155,12 +162,19 @@ def _images(step: int, m: int) -> Batch:
 
 
 def deepspeed_config(
-    config: Config, layout: str, world: int, persistence: int | None = None, precision: str = "fp32"
+    config: Config,
+    layout: str,
+    world: int,
+    persistence: int | None = None,
+    precision: str = "fp32",
+    prefetch: int | None = None,
 ) -> dict[str, Any]:
     """The filled JSON of ds_configs/`layout`.json."""
     ds = read_deepspeed_json(REPOSITORY / "ds_configs" / f"{layout}.json")
     if persistence is not None:
         ds["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
+    if prefetch is not None:
+        ds["zero_optimization"]["stage3_prefetch_bucket_size"] = prefetch
     return fill_deepspeed(ds, config, precision=precision, data_parallel=world)
 
 

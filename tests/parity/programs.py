@@ -171,9 +171,7 @@ def _speech_watch(student: Student, teacher: Teacher) -> Kept:
 
 
 PROGRAMS = {
-    "vision": Program(
-        ("plain",), vision_keys, _vision_config, _vision_inputs, _vision_watch, "teacher_block{}_end"
-    ),
+    "vision": Program(("plain",), vision_keys, _vision_config, _vision_inputs, _vision_watch, "teacher_block{}_end"),
     # The reference keeps a frame that it pads the sequence with (spec 1.4, step 4): compared is what lies before it.
     "speech": Program(
         ("plain", "padded"), speech_keys, _speech_config, _speech_inputs, _speech_watch, "teacher_layer{}_fc"

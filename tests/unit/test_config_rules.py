@@ -60,22 +60,22 @@ RULES: list[tuple[Config, str]] = [
     (broken(vision={"channels": 1}), "vision.channels: images are decoded to RGB, so 3, got 1"),
     (
         broken_speech(conv_layers=()),
-        "speech.conv_layers: expected at least one (channels, kernel, stride), every number",
+        "speech.conv_layers: expected at least one (channels, kernel, stride), every n",
     ),
     (
         broken_speech(conv_layers=((512, 10, 0),)),
-        "speech.conv_layers: expected at least one (channels, kernel, stride)",
+        "speech.conv_layers: expected at least one (channels, kernel, st",
     ),
     (
         broken_speech(conv_layers=((8, 10, 5), (8, 2, 3))),
-        "speech.conv_layers: (8, 2, 3) passes over 1 of every 3 sampl",
+        "speech.conv_layers: (8, 2, 3) passes over 1 of every 3",
     ),
     (broken_speech(position_depth=0), "speech.position_depth and speech.position_kernel must be at least 1"),
     (broken_speech(position_groups=7), "speech.position_groups: 7 does not divide model.width 192"),
     (broken_speech(position_groups=0), "speech.position_groups: 0 does not divide model.width 192"),
     (
         broken_speech(model={"relative_bias": True}),
-        "model.relative_bias: is a table over a grid of patches; speech has",
+        "model.relative_bias: is a table over a grid of patches; speech",
     ),
     (broken(model={"mlp_ratio": 0.0}), "model.mlp_ratio: expected more than 0, got 0.0"),
     (broken(model={"norm_eps": -1e-6}), "model.norm_eps: expected more than 0, got -1e-06"),

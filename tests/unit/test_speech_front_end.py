@@ -25,8 +25,14 @@ def released(width: int, depth: int, heads: int) -> Config:
     return Config(
         modality="speech",
         model=ModelConfig(
-            **{"width": width, "depth": depth, "heads": heads, "norm": "post", "layer_scale": None},
-            **{"qkv_bias": "full", "relative_bias": False, "head_layers": 1},
+            width=width,
+            depth=depth,
+            heads=heads,
+            norm="post",
+            layer_scale=None,
+            qkv_bias="full",
+            relative_bias=False,
+            head_layers=1,
         ),
         targets=TargetsConfig(layers=8),
         teacher=TeacherConfig(copied=("positions",)),

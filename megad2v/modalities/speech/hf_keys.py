@@ -125,8 +125,9 @@ def model_config(config: Config) -> dict[str, Any]:
 def processor_config(config: Config) -> dict[str, Any]:
     """The content of preprocessor_config.json: 16 kHz mono, mean 0 and variance 1, zeros and a mask behind the end.
 
-    Theirs adds 1e-7 to the variance where fairseq's layer norm adds 1e-5: only recordings that are nearly silent
-    differ, in scale, and the norm behind the first convolution takes a scale out again.
+    Theirs adds 1e-7 to the variance where fairseq's layer norm adds 1e-5. That changes the scale of quiet recordings,
+    most of which the norm behind the first convolution takes out again: features of LibriSpeech's (standard deviation
+    0.04) move by 1e-4, at 0.01 by 2e-3, at 0.001 by 6 % (measured, random weights).
     """
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
