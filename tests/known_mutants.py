@@ -21,6 +21,7 @@ LAYOUT = "tests/distributed/test_layouts.py::test_same_step_as_plain_torch"
 ORACLE = "tests/distributed/test_layouts.py::test_teacher_equals_float64_oracle"
 GUARD = "tests/distributed/test_guard.py"
 PARALLEL = "tests/distributed/test_parallel.py"
+AUGMENT = "tests/unit/test_augment.py"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
 LENGTHS, SPANS = "tests/unit/test_plan_lengths.py", "tests/unit/test_speech_masking.py"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
@@ -123,6 +124,34 @@ MUTANTS = (
         "tests/unit/test_purity.py",
     ),
     Mutant(
+        "contrast against the mean gray of the crop",
+        "megad2v/modalities/vision/transforms.py",
+        'ImageStat.Stat(rgb.convert("L"))',
+        'ImageStat.Stat(rgb.crop(cut).convert("L"))',
+        f"{AUGMENT}::test_published_operations_byte_for_byte",
+    ),
+    Mutant(
+        "box of a flipped image cut from the other side",
+        "megad2v/modalities/vision/transforms.py",
+        "(width - last, top, width - first, bottom) if view.flip else view.box",
+        "view.box",
+        f"{AUGMENT}::test_published_operations_byte_for_byte",
+    ),
+    Mutant(
+        "photos decoded so small that crops lose resolution",
+        "megad2v/modalities/vision/transforms.py",
+        "return min(box[2] - box[0], box[3] - box[1]) / self._size",
+        "return max(box[2] - box[0], box[3] - box[1]) / self._size",
+        f"{AUGMENT}::test_draft_decoding_keeps_the_resolution",
+    ),
+    Mutant(
+        "a block may span the grid",
+        "megad2v/modalities/vision/masking.py",
+        "if height >= grid or width >= grid:",
+        "if height > grid or width > grid:",
+        "tests/unit/test_masking.py::test_no_block_spans_the_grid",
+    ),
+    Mutant(
         "buckets meet a window's samples in step",
         "megad2v/data/buckets.py",
         'salt=("bucket", number)',
@@ -199,6 +228,20 @@ MUTANTS = (
         "        updates + 1,\n",
         "        updates,\n",
         "tests/unit/test_schedules.py::test_which_update_has_which_rate",
+    ),
+    Mutant(
+        "the mask token not decayed with the matrices",
+        "megad2v/engine/setup.py",
+        ' or name.endswith(".mask_token")',
+        "",
+        "tests/parity/test_published.py::test_weight_decay_groups",
+    ),
+    Mutant(
+        "the peak only after the warm-up",
+        "megad2v/training/schedules.py",
+        "if schedule.peak_in_warmup else",
+        "if False else",
+        "tests/parity/test_published.py::test_learning_rates",
     ),
     Mutant(
         "one fragment of the teacher not averaged",

@@ -101,32 +101,46 @@ class SpeechConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Image augmentation: the same view goes to teacher and student."""
+    """Image augmentation, in the published order: colours of the whole image, flip, crop (BEiT fork, datasets.py).
+
+    One view per sample, which goes to teacher and student alike; pure in (train.seed, epoch, sample id).
+    """
 
     crop_scale_min: float = 0.08
-    """Smallest area of the random resized crop over the image's area."""
+    """Smallest area of the random resized crop over the image's area (published: 0.08); aspect ratio 3/4 to 4/3."""
     crop_scale_max: float = 1.0
-    """Largest area of the random resized crop over the image's area."""
+    """Largest area of the random resized crop over the image's area (published: 1)."""
     flip: bool = True
     """Horizontal flip with probability one half."""
     jitter: float = 0.4
-    """Strength of brightness, contrast and saturation jitter; 0 switches it off."""
+    """Brightness, contrast and saturation, in random order, each by a factor uniform in max(0, 1 - jitter) to
+    1 + jitter (published: 0.4); 0 switches it off."""
+    draft: bool = True
+    """Let libjpeg decode a large photo at 1/2, 1/4 or 1/8 where the crop keeps at least image_size pixels in both
+    directions: faster, pixels differ by about as much as another resizing filter would (docs/images.md).
+    false: byte-equal to the published operations on the full image. Holds for validation and probes too."""
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Which positions are hidden from the student. Images: blocks of patches (BEiT's generator); speech: spans."""
+    """Which positions are hidden from the student. Pure in (train.seed, epoch, sample id).
+
+    Images: rectangular blocks of patches (BEiT's generator), placed until the budget is reached or ten draws in a row
+    do not fit (spec 3.3), so the count differs from image to image. Speech: spans of frames (spec 6.1).
+    """
 
     ratio: float = 0.5
-    """Hidden fraction of the positions. For images an upper bound: round(ratio x patches) is the generator's budget.
-    For speech, ratio x frames / span spans are drawn, which overlap (0.65 hides about 0.49).
-    0 hides nothing, so nothing is learned: a control."""
+    """Hidden fraction of the positions. For images an upper bound: round(ratio x patches) is the generator's budget
+    (published: 120 of 196, 0.6122; fairseq: 75 of 196, 0.3827). For speech, ratio x frames / span spans are drawn,
+    which overlap (0.65 hides about 0.49). 0 hides nothing, so nothing is learned: a control."""
     min_block: int = 4
-    """Smallest block in patches (BEiT and fairseq: 16 of 196)."""
+    """Smallest block in patches (BEiT fork and fairseq: 16 of 196). Where less than that is left of the budget, areas
+    between the two are drawn."""
     max_block: int | None = None
-    """Largest block in patches; null: no limit."""
+    """Largest block in patches, and most patches that one block may newly hide; null: no limit, which is what the
+    published 196 of 196 comes to."""
     min_aspect: float = 0.3
-    """Smallest aspect ratio of a block; the largest is its inverse; log-uniform between."""
+    """Smallest height over width of a block; the largest is its inverse; log-uniform between (published: 0.3)."""
     span: int = 10
     """Speech: frames of a span (fairseq mask_length)."""
     min_spans: int = 1
@@ -210,7 +224,8 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     """Decoupled weight decay."""
     decay_all: bool = True
-    """Decay norms, biases and tokens too, as every released data2vec run does; false: matrices only."""
+    """Decay norms, biases and tokens too, as fairseq's released runs do; false: matrices (the bias table is one) and
+    the mask token only, as the BEiT fork does."""
     clip: float = 3.0
     """Largest global gradient norm; 0: no clipping."""
 
@@ -223,6 +238,9 @@ class ScheduleConfig:
     """Shape after warm-up."""
     warmup_steps: int = 0
     """Updates of linear warm-up."""
+    peak_in_warmup: bool = False
+    """The last update of the warm-up has the peak rate already, as has the one after it (BEiT fork; cosine, constant);
+    false: the first update after the warm-up is the first with it (fairseq)."""
     start_lr: float = 0.0
     """Learning rate before the first update (cosine, constant)."""
     min_lr: float = 0.0
@@ -330,6 +348,8 @@ class TrainConfig:
     """auto: from the newest valid checkpoint in output_dir; never: refuse a directory that has one; or a path."""
     init: str | None = None
     """Checkpoint whose student and teacher weights start a new schedule (step 0, fresh optimizer)."""
+    init_teacher: Literal["teacher", "student"] = "teacher"
+    """With train.init, what the teacher starts from: the checkpoint's teacher, or its student (the BEiT fork)."""
     rendezvous_timeout: float = 300.0
     """Seconds that the ranks wait for each other at the start, before each says which host and port it tried."""
     tensorboard: bool = True

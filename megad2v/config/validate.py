@@ -130,6 +130,8 @@ def _objective(config: Config) -> list[str]:
             "augment.crop_scale_min and crop_scale_max: expected 0 < min <= max <= 1, "
             f"got {augment.crop_scale_min} and {augment.crop_scale_max}"
         )
+    if augment.jitter < 0:
+        problems.append(f"augment.jitter: expected at least 0, got {augment.jitter}")
     return problems
 
 

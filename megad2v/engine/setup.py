@@ -110,12 +110,15 @@ def optimizer_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups, split by (in the teacher?, decayed?).
 
-    The first split lets ZeRO-1/2 gather exactly the teacher's parameters; it changes no update.
+    The first split lets ZeRO-1/2 gather exactly the teacher's parameters; it changes no update. Without `decay_all`
+    those are decayed that the published vision program decays (optim_factory.get_parameter_groups): what has more than
+    one dimension there. Its mask token does, (1, 1, D); so does CLS, which is excepted by name.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        groups.setdefault((name in averaged, decay_all or dimensions > 1), []).append(parameter)
+        decayed = decay_all or dimensions > 1 or name.endswith(".mask_token")
+        groups.setdefault((name in averaged, decayed), []).append(parameter)
     return [
         {"params": groups[key], "weight_decay": weight_decay if key[1] else 0.0} for key in sorted(groups, reverse=True)
     ]

@@ -1,4 +1,4 @@
-"""Learning rate as a function of updates taken (spec 6.4; fairseq's schedulers)."""
+"""Learning rate as a function of updates taken (spec 6.4; fairseq's schedulers, and the BEiT fork's cosine)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def learning_rate(update: int, *, peak: float, steps: int, schedule: ScheduleCon
         return _tri_stage(update, peak=peak, steps=steps, schedule=schedule)
     warmup = schedule.warmup_steps
     if update < warmup:
-        return schedule.start_lr + update * (peak - schedule.start_lr) / warmup
+        last = max(1, warmup - 1) if schedule.peak_in_warmup else warmup
+        return schedule.start_lr + update * (peak - schedule.start_lr) / last
     if schedule.kind == "constant":
         return peak
     progress = min(1.0, (update - warmup) / max(1, steps - warmup))

@@ -255,7 +255,8 @@ def _restore(run: Run, resumed: Checkpoint | None, source: Checkpoint | None) ->
             if resumed.index.state["data_fingerprint"] != run.loader.fingerprint:
                 print("data.shards: not the shards that this run was started on, so its order changes", flush=True)
     elif source is not None:
-        result = initialise_from(source, run.engine, run.teacher)
+        teacher_from = run.config.train.init_teacher
+        result = initialise_from(source, run.engine, run.teacher, teacher_from=teacher_from)
         if say:
             print(f"weights from {source.directory}: {len(result['matched'])} parameters matched", flush=True)
             for kind in ("missing", "unused"):

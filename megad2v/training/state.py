@@ -130,8 +130,11 @@ def load(checkpoint: Checkpoint, engine: TrainingEngine, teacher: ShardedTeacher
 
 
 @torch.no_grad()
-def initialise_from(checkpoint: Checkpoint, engine: TrainingEngine, teacher: ShardedTeacher) -> dict[str, list[str]]:
+def initialise_from(
+    checkpoint: Checkpoint, engine: TrainingEngine, teacher: ShardedTeacher, *, teacher_from: str = "teacher"
+) -> dict[str, list[str]]:
     """Start a new schedule from the weights of `checkpoint`: student and teacher where names and shapes match.
+    `teacher_from` "student" makes the teacher a copy of that student.
 
     Returns the names that were `matched`, `missing` from the checkpoint (they keep their fresh values; a missing
     teacher tensor starts as the student's) and `unused`. Collective, as `load`.
@@ -139,7 +142,7 @@ def initialise_from(checkpoint: Checkpoint, engine: TrainingEngine, teacher: Sha
     ours = {name: list(shape) for name, shape in shapes(engine.student).items()}
     saved = checkpoint.index.shapes
     matched = {name for name, shape in ours.items() if saved.get(name) == shape}
-    averaged = set(checkpoint.names("teacher")) & matched
+    averaged = set(checkpoint.names("teacher")) & matched if teacher_from == "teacher" else set()
 
     def read() -> None:
         for fragment in engine.state.fragments:

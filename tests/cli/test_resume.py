@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megad2v.checkpoint.catalog import find_checkpoint
 from megad2v.checkpoint.reader import Checkpoint
 from tests.cli.conftest import TINY
 from tests.distributed.harness import REPOSITORY, run_command
@@ -109,6 +110,18 @@ def test_refused_resume_leaves_the_run_as_it_was(demo_shards: Path, tmp_path: Pa
         assert {path: path.read_bytes() for path in before} == before
 
     second = [*command, "--train.init", str(run), "--train.output_dir", str(tmp_path / "second")]
-    done = run_command([*second, "--model.head_layers", "1"], timeout=60, cwd=REPOSITORY, ranks=1)
+    done = run_command([*second, "--model.head_layers", "2"], timeout=60, cwd=REPOSITORY, ranks=1)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "weights from" in done.stdout and "missing: head.bias, head.weight" in done.stdout
+    assert "weights from" in done.stdout and "unused: head.bias, head.weight" in done.stdout
+    assert "missing: head.0.bias, head.0.weight, head.2.bias, head.2.weight" in done.stdout
+
+    # A teacher that never moves shows what it started from.
+    frozen = [*command, "--train.init", str(run), "--teacher.decay_start", "1", "--teacher.decay_end", "1"]
+    first = Checkpoint(find_checkpoint(run))
+    for start in ("teacher", "student"):
+        output = ["--train.output_dir", str(tmp_path / start), "--train.init_teacher", start]
+        done = run_command([*frozen, *output], timeout=60, cwd=REPOSITORY, ranks=1)
+        assert done.returncode == 0, done.stdout + done.stderr
+        after = Checkpoint(find_checkpoint(tmp_path / start))
+        equal = [torch.equal(after.full("teacher", name), first.full(start, name)) for name in first.names("teacher")]
+        assert all(equal) and len(equal) > 10

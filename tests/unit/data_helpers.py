@@ -37,6 +37,15 @@ def jpeg(seed: int, width: int = 40, height: int = 36) -> bytes:
     return encoded(picture(seed, width, height), quality=90)
 
 
+def turned(upright: Image.Image, turn: int, kind: str, **options: Any) -> bytes:
+    """The image stored so that EXIF orientation `turn` (1..8) makes it upright again."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # orientation -> Pillow's transposition that stores it that way
+    stored = upright if turn == 1 else upright.transpose(Image.Transpose(undo[turn]))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    return encoded(stored, kind, exif=exif, **options)
+
+
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
     """A tar as somebody else's tool writes it."""
     with tarfile.open(path, "w", format=format) as tar:

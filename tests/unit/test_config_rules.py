@@ -92,6 +92,7 @@ RULES: list[tuple[Config, str]] = [
     (broken(teacher={"decay_steps": -1}), "teacher.decay_steps: expected null or at least 0, got -1"),
     (broken(augment={"crop_scale_min": 0.0}), "augment.crop_scale_min and crop_scale_max: expected 0 < min"),
     (broken(augment={"crop_scale_min": 0.9, "crop_scale_max": 0.8}), "augment.crop_scale_min and crop_scale_max"),
+    (broken(augment={"jitter": -0.1}), "augment.jitter: expected at least 0, got -0.1"),
     (broken(train={"precision": "fp16"}), "train.precision: fp16 is not supported"),
     (broken(parallel={"tensor": 0}), "parallel.tensor: expected at least 1, got 0"),
     (broken(parallel={"tensor": 2}), "parallel.tensor: 2 ranks cannot share model.heads = 3 equally"),

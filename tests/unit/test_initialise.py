@@ -17,7 +17,8 @@ from tests.tolerances import SPREAD
 SHAPES = [
     {},
     {"norm": "post", "layer_scale": None, "qkv_bias": "full", "relative_bias": False, "head_layers": 1},
-    {"qkv_bias": "none", "head_layers": 2},
+    {"qkv_bias": "none", "head_layers": 2, "init": "bert"},
+    {"head_layers": 1, "init": "beit"},
 ]
 
 
@@ -127,6 +128,35 @@ def test_spread_outside_the_encoder() -> None:
         assert 0.9 * bound < parameter.abs().max().item() <= bound
         if parameter.dim() > 1:
             assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=SPREAD)
+
+
+def test_bert_differs_in_the_head_alone() -> None:
+    """Normal 0.02 and zero biases there (spec 2.3)."""
+    fairseq, bert = (values(build_student(small_config(width=96, head_layers=2, init=i))) for i in ("fairseq", "bert"))
+    for name, value in bert.items():
+        if not name.startswith("head."):
+            assert torch.equal(value, fairseq[name]), name
+        elif name.endswith("bias"):
+            assert not value.any()
+        else:
+            assert value.std().item() == pytest.approx(0.02, rel=SPREAD)
+            assert value.abs().max().item() > 3 * 0.02
+
+
+def test_beit_cuts_every_matrix_and_token_at_one_deviation() -> None:
+    """A normal of 0.02 cut at +-0.02 has deviation 0.02 sqrt(1 - 2 phi(1) / (2 Phi(1) - 1)); output weights are then
+    divided by sqrt(2 l). tests/parity/test_published.py compares with the program's own values."""
+    density, inside = math.exp(-0.5) / math.sqrt(2 * math.pi), math.erf(math.sqrt(0.5))
+    spread = math.sqrt(1 - 2 * density / inside)
+    for name, value in values(build_student(small_config(width=96, head_layers=1, init="beit"))).items():
+        if name.endswith(("bias", "table")):
+            assert not value.any(), name
+        elif value.dim() > 1 or name.endswith("token"):
+            number = name.split(".")[2] if ".blocks." in name else ""
+            cut = 0.02 / math.sqrt(2 * (int(number) + 1)) if ".output." in name else 0.02
+            assert 0.9 * cut < value.abs().max().item() <= cut, name
+            many = value.numel() > 9000
+            assert value.std().item() == pytest.approx(spread * cut, rel=SPREAD if many else 10 * SPREAD), name
 
 
 def test_tokens_start_as_in_fairseq() -> None:

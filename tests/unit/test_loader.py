@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,9 +26,11 @@ from megad2v.config.schema import Config, MicroBatchConfig, TrainConfig
 from megad2v.data.format import DatasetInfo, ShardInfo, write_dataset
 from megad2v.data.loader import FiniteBatches, TrainingLoader, labelled_batches, validation_batches
 from megad2v.data.workers import WorkerDied
+from megad2v.engine.guard import Seen
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.vision.transforms import VisionTransform
+from megad2v.training.proposal import seen
 from tests.unit.data_helpers import SHARDS, TOTAL, config, jpeg, write_shards, write_tar
 
 STEPS = 7  # 56 samples of 21: ends in the third epoch, in the middle of a window
@@ -105,6 +108,21 @@ def test_same_bytes_for_any_ranks_and_workers(
     folder: Path, reference: list[list[Batch]], world: int, workers: int
 ) -> None:
     assert digest(consumed(config(folder, workers=workers), world)) == digest(reference)
+
+
+def test_tensor_parallel_ranks_see_the_same(folder: Path) -> None:
+    """Ranks of a tensor-parallel group ask for the same data-parallel share. What the guard compares of it (ids, crops,
+    masks) is equal, whatever their global random state and their workers."""
+
+    def read(data_rank: int, seed: int, workers: int) -> list[list[Seen]]:
+        random.seed(seed)
+        torch.manual_seed(seed)
+        settings = config(folder, workers=workers)
+        with closing(TrainingLoader(settings, rank=data_rank, world=2, start_step=0)) as loader:
+            return [[seen(batch) for batch in step] for step in islice(loader, 3)]
+
+    assert read(0, 1, 0) == read(0, 2, 2)
+    assert read(0, 1, 0) != read(1, 1, 0)
 
 
 @pytest.mark.parametrize("start,world,workers", [(1, 1, 0), (3, 2, 2), (6, 4, 0)])

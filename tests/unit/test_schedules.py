@@ -1,17 +1,23 @@
-"""Learning rate and decay at the points that matter, against the spec's formulas (5, 6.4)."""
+"""Learning rate and decay: at the points that matter, and at every update of the released recipes, against the
+formulas of the spec (5, 6.4) and of the programs that they come from, written down once more in numpy."""
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
+from megad2v.config.load import load_config
 from megad2v.config.schema import Config, OptimizerConfig, ScheduleConfig, TeacherConfig, TrainConfig
 from megad2v.teacher.schedule import decay_at
 from megad2v.training.loop import _rates
 from megad2v.training.schedules import learning_rate
+from tests.tolerances import DOUBLE
 
+Values = npt.NDArray[np.float64]
 PEAK, STEPS = 2e-3, 1000
 
 
@@ -91,3 +97,153 @@ def test_which_update_has_which_rate() -> None:
     assert _rates(config, 5) == pytest.approx((PEAK / 2, 0.906), rel=1e-12)
     by_the_run = Config(teacher=TeacherConfig(decay_start=0.9, decay_end=0.99), train=TrainConfig(steps=90))
     assert _rates(by_the_run, 0)[1] == pytest.approx(0.901, rel=1e-12)
+
+
+def test_warm_up_can_reach_the_peak_itself() -> None:
+    """BEiT's ramp has both ends: its last update has the peak, and so does the first of what follows."""
+    schedule = ScheduleConfig(kind="cosine", warmup_steps=200, peak_in_warmup=True, start_lr=1e-4, min_lr=1e-5)
+    assert rates(schedule, 0, 199, 200) == pytest.approx([1e-4, PEAK, PEAK], rel=1e-15)
+    assert rates(schedule, 100) == pytest.approx([1e-4 + 100 * 1.9e-3 / 199])
+    assert rates(schedule, 201)[0] < PEAK
+    one = ScheduleConfig(warmup_steps=1, peak_in_warmup=True)  # np.linspace(0, peak, 1) is [0]
+    assert rates(one, 0, 1) == [0.0, PEAK]
+
+
+IMAGES = 1_281_167
+"""Of ImageNet-1k's training set."""
+
+
+def fork_curve(start: float, peak: float, end: float, *, epochs: int, warmup: int, per_epoch: int) -> Values:
+    """One value an update, as the BEiT fork's utils.cosine_scheduler tabulates them; `warmup` in epochs."""
+    falling = (epochs - warmup) * per_epoch
+    shape = 0.5 * (1 + np.cos(np.pi * np.arange(falling) / falling))
+    return np.concatenate([np.linspace(start, peak, warmup * per_epoch), end + (peak - end) * shape])
+
+
+def fairseq_cosine(peak: float, *, updates: int, warmup: int) -> Values:
+    """Of lr_scheduler/cosine_lr_scheduler.py with min_lr 0, before its first restart (which is at `updates`)."""
+    t = np.arange(updates)
+    falling = 0.5 * peak * (1 + np.cos(np.pi * (t - warmup) / (updates - warmup)))
+    return np.where(t < warmup, peak / warmup * t, falling)
+
+
+def fairseq_tri_stage(peak: float, *, updates: int, ratios: tuple[float, float, float], scale: float = 0.01) -> Values:
+    """Of lr_scheduler/tri_stage_lr_scheduler.py with phase_ratio: each phase is cut to whole updates by itself."""
+    warmup, hold, decay = (int(updates * ratio) for ratio in ratios)
+    t = np.arange(updates)
+    rising = scale * peak + (peak - scale * peak) / warmup * t
+    falling = peak * np.exp(np.log(scale) / decay * (t - warmup - hold))
+    phases = [t < warmup, t < warmup + hold, t <= warmup + hold + decay]
+    return np.select(phases, [rising, np.full(updates, peak), falling], scale * peak)
+
+
+def recipe_curve(config: Config) -> Values:
+    """The learning rate of every update, from the package's own function."""
+    steps, peak = config.train.steps, config.optimizer.lr
+    return np.array([learning_rate(t, peak=peak, steps=steps, schedule=config.schedule) for t in range(steps)])
+
+
+def assert_equal_everywhere(ours: Values, theirs: Values, peak: float) -> None:
+    assert ours.shape == theirs.shape
+    worst = int(np.abs(ours - theirs).argmax())
+    assert abs(ours[worst] - theirs[worst]) <= DOUBLE * peak, f"update {worst}: {ours[worst]} {theirs[worst]}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch", "gpus", "peak", "warmup", "last_of_warm_up"),
+    [
+        ("vision_base", 128, 16, 2e-3, 10, 6_249),
+        ("vision_large", 64, 64, 1e-3, 80, 24_959),
+        ("vision_large_phase2", 64, 64, 1e-3, 40, 12_479),
+        ("vision_huge14", 64, 64, 1e-3, 80, 24_959),
+    ],
+)
+def test_published_learning_rate_at_every_update(
+    recipe: str, batch: int, gpus: int, peak: float, warmup: int, last_of_warm_up: int
+) -> None:
+    """README and argument defaults of the BEiT fork; its warmup_lr of 1e-6 is never handed on, so it starts from 0."""
+    curve = recipe_curve(load_config(recipe))
+    theirs = fork_curve(0.0, peak, 1e-5, epochs=800, warmup=warmup, per_epoch=IMAGES // batch // gpus)
+    assert_equal_everywhere(curve, theirs, peak)
+    assert curve[0] == 0.0
+    assert curve[last_of_warm_up] == pytest.approx(peak, rel=1e-15)
+    assert curve[last_of_warm_up + 1] == peak > curve[last_of_warm_up + 2]
+    assert 1e-5 < curve[-1] < 1e-5 * (1 + 1e-6)  # the end itself would be one update later
+
+
+def test_fairseq_learning_rate_at_every_update() -> None:
+    curve = recipe_curve(load_config("vision_base_d2v1"))
+    assert_equal_everywhere(curve, fairseq_cosine(5e-4, updates=375_300, warmup=12_510), 5e-4)
+    assert curve[0] == 0.0
+    assert curve[12_509] < curve[12_510] == 5e-4
+    assert 0 < curve[-1] < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("updates", "ratios"),
+    [
+        (400_000, (0.03, 0.9, 0.07)),  # fairseq's base_librispeech.yaml
+        (1_000_000, (0.05, 0.8, 0.15)),  # text, as the paper has it
+    ],
+)
+def test_tri_stage_at_every_update(updates: int, ratios: tuple[float, float, float]) -> None:
+    """Where the phases are whole numbers of updates, what warm-up and hold leave IS fairseq's decay."""
+    warmup = int(updates * ratios[0])
+    config = Config(
+        optimizer=OptimizerConfig(lr=5e-4),
+        schedule=ScheduleConfig(kind="tri_stage", warmup_steps=warmup, hold_fraction=ratios[1], final_scale=0.01),
+        train=TrainConfig(steps=updates),
+    )
+    curve = recipe_curve(config)
+    assert_equal_everywhere(curve, fairseq_tri_stage(5e-4, updates=updates, ratios=ratios), 5e-4)
+    assert curve[0] == pytest.approx(5e-6)
+    assert curve[warmup - 1] < curve[warmup] == 5e-4
+
+
+@pytest.mark.parametrize("updates", [50, 99, 1_234, 77_777])
+def test_tri_stage_of_odd_lengths(updates: int) -> None:
+    """Where they are not, fairseq cuts each phase and is done up to two updates early; ours falls until the end."""
+    ratios = (0.03, 0.9, 0.07)
+    warmup, hold, decay = (int(updates * ratio) for ratio in ratios)
+    config = Config(
+        optimizer=OptimizerConfig(lr=1.0),
+        schedule=ScheduleConfig(kind="tri_stage", warmup_steps=warmup, hold_fraction=ratios[1], final_scale=0.01),
+        train=TrainConfig(steps=updates),
+    )
+    curve, theirs = recipe_curve(config), fairseq_tri_stage(1.0, updates=updates, ratios=ratios)
+    early = updates - warmup - hold - decay
+    assert 0 <= early <= 2
+    assert_equal_everywhere(curve[: warmup + hold], theirs[: warmup + hold], 1.0)
+    k = np.arange(updates - warmup - hold)
+    assert_equal_everywhere(curve[warmup + hold :], np.exp(np.log(0.01) * k / (decay + early)), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "start", "end"),
+    [
+        ("vision_base", 0.9998, 0.9998),
+        ("vision_large", 0.9998, 0.9998),
+        ("vision_large_phase2", 0.9999, 0.9999),
+        ("vision_huge14", 0.9998, 0.9998),
+        ("vision_base_d2v1", 0.999, 0.9998),
+    ],
+)
+def test_decay_of_the_teacher_at_every_update(recipe: str, start: float, end: float) -> None:
+    """After update t fairseq averages with start + (end - start) t / max_update; the fork's decay does not change,
+    because --ema_start_at 0 leaves no update for its ramp."""
+    config = load_config(recipe)
+    steps = config.train.steps
+    curve = np.array([_rates(config, t)[1] for t in range(steps)])
+    t = np.arange(1, steps + 1)
+    theirs = end - (end - start) * (1 - t / steps)
+    assert_equal_everywhere(curve, theirs, 1.0)
+    assert curve[0] == pytest.approx(start + (end - start) / steps, rel=1e-15)
+    assert curve[-1] == end
+
+
+@pytest.mark.parametrize("recipe", ["vision_base", "vision_large", "vision_large_phase2"])
+def test_weight_decay_does_not_change(recipe: str) -> None:
+    """The fork tabulates weight decay by the same cosine, from its value to weight_decay_end, which is the same value
+    where it is not given; fairseq has no schedule for it. One number is all that either needs."""
+    assert (fork_curve(0.0, 0.05, 0.05, epochs=800, warmup=0, per_epoch=625) == 0.05).all()
+    assert load_config(recipe).optimizer.weight_decay == 0.05

@@ -1,4 +1,7 @@
-"""Which patches are hidden from the student: rectangular blocks (BEiT's generator; spec 3.3)."""
+"""Which patches are hidden from the student: rectangular blocks (BEiT's generator; spec 3.3).
+
+tests/unit/test_masking.py draws them once more, from the spec's words, and compares the distributions.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,10 @@ def block_mask(
 ) -> BoolGrid:
     """A (grid, grid) mask, True where hidden, of at most `budget` patches; fewer when no further block fits.
 
-    `min_block`, `max_block`: smallest and largest area of a block in patches (None: no limit); `min_aspect`: smallest
-    height over width, its inverse the largest, log-uniform between. A pure function of its arguments and the state of
-    `rng`. A budget above 0 always hides something.
+    `min_block`, `max_block`: smallest and largest area drawn for a block in patches, uniform between (None: no limit
+    but the budget); `max_block` also bounds what one block newly hides. `min_aspect`: smallest height over width, its
+    inverse the largest, log-uniform between. A pure function of its arguments and the state of `rng`. A budget above 0
+    always hides something.
     """
     mask = np.zeros((grid, grid), dtype=np.bool_)
     largest = grid * grid if max_block is None else max_block

@@ -7,35 +7,65 @@ workers nor the order of reading can change a crop or a mask, and switching one 
 from __future__ import annotations
 
 import math
-import warnings
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageStat
 
 from megad2v.config.schema import AugmentConfig, Config
-from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.draws import generator
 from megad2v.modalities.sample import Mode, Sample
-from megad2v.modalities.vision.decode import JPEG_FORMATS, open_image, orientation, upright_rgb
+from megad2v.modalities.vision.decode import Box, decoded, open_image, upright_size
 from megad2v.modalities.vision.masking import block_mask, mask_budget
 
-Box = tuple[float, float, float, float]
-"""left, top, right, bottom in pixels."""
+PixelBox = tuple[int, int, int, int]
+"""left, top, right, bottom in whole pixels."""
+
+Colour = tuple[tuple[str, float], ...]
+"""Operations of `COLOUR` with their factors, in the order in which they are applied."""
 
 ASPECT = (3 / 4, 4 / 3)
 """Aspect ratios of the random resized crop (spec 3.1: the usual default)."""
 CROP_ATTEMPTS = 10
 BICUBIC = Image.Resampling.BICUBIC
-ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+COLOUR = ("brightness", "contrast", "saturation")
+"""The operations of the colour jitter; the published one (torchvision's ColorJitter) leaves the hue alone."""
 
 
-def random_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
+class View(NamedTuple):
+    """What is drawn for one training sample; teacher and student get the same view."""
+
+    colour: Colour
+    """Applied to the whole image first."""
+    flip: bool
+    """Mirrored left to right, after the colours."""
+    box: PixelBox
+    """The crop, in the upright and flipped image in full resolution."""
+
+
+def draw_view(width: int, height: int, augment: AugmentConfig, rng: np.random.Generator) -> View:
+    """Draw the view of an image of `width` x `height` pixels (BEiT fork, datasets.py; torchvision's distributions).
+
+    Factors are uniform in max(0, 1 - jitter)..1 + jitter and every order is equally likely. The same numbers are drawn
+    whatever is switched off, so that an ablation of one augmentation leaves the others as they were.
+    """
+    low, high = max(0.0, 1 - augment.jitter), 1 + augment.jitter
+    factors = [low + (high - low) * rng.random() for _ in COLOUR]
+    order = sorted(range(len(COLOUR)), key=[rng.random() for _ in COLOUR].__getitem__)
+    colour = tuple((COLOUR[which], factors[which]) for which in order) if augment.jitter else ()
+    flip = rng.random() < 0.5 and augment.flip
+    # Last, because it may take any number of attempts.
+    return View(colour, flip, random_box(width, height, (augment.crop_scale_min, augment.crop_scale_max), rng))
+
+
+def random_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> PixelBox:
     """Random resized crop: area uniform in `scale` x the image's, aspect log-uniform in 3/4..4/3.
 
-    When no draw fits (very long images), the largest centred box whose aspect is in range.
+    When no draw fits (very long images), the largest centred box whose aspect is in range. Source: the BEiT fork's
+    RandomResizedCropAndInterpolationWithTwoPic, which draws as torchvision's RandomResizedCrop does.
     """
     low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
     for _ in range(CROP_ATTEMPTS):
@@ -46,8 +76,7 @@ def random_box(width: int, height: int, scale: tuple[float, float], rng: np.rand
             left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
             return left, top, left + w, top + h
     aspect = min(max(width / height, ASPECT[0]), ASPECT[1])
-    w = max(1, min(width, round(height * aspect)))
-    h = max(1, min(height, round(width / aspect)))
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
@@ -60,9 +89,9 @@ def centre_square(width: int, height: int) -> Box:
 
 
 class VisionTransform:
-    """Encoded image -> uint8 (C, S, S), mask (1, T) and fingerprint, as the configuration and mode say.
+    """Encoded image -> uint8 (C, S, S), mask (1, T) and fingerprint, as the (validated) configuration and mode say.
 
-    Raises UserError when `vision`, `augment` or `mask` values cannot work; calling raises BadSample.
+    Calling raises BadSample.
     """
 
     modality = "vision"
@@ -75,7 +104,6 @@ class VisionTransform:
         self._mode = mode
         self._grid = config.vision.image_size // config.vision.patch_size
         self._budget = mask_budget(config.mask.ratio, self._grid**2)
-        _check(config)
 
     @property
     def positions(self) -> int:
@@ -88,7 +116,7 @@ class VisionTransform:
         if self._mode == "train":
             image = self._augmented(image, generator(self._seed, epoch, sample_id, "augment"))
         else:
-            image = self._cropped(image, None)
+            image = self._centred(image)
         pixels_chw = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
         mask = self._draw_mask(sample_id, epoch)
         print_ = blake2b(pixels_chw, digest_size=8)
@@ -125,73 +153,53 @@ class VisionTransform:
         return hidden.reshape(1, -1)
 
     def _augmented(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        image = self._cropped(image, rng)
-        if self._augment.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return _jitter(image, self._augment, rng) if self._augment.jitter else image
+        view = draw_view(*upright_size(image), self._augment, rng)
+        full = decoded(image, self._shrink(view.box))
+        # The box is drawn in the flipped image; the pixels are cut from the one that is not.
+        first, top, last, bottom = view.box
+        width = full.size[0]
+        left, top, right, bottom = full.box((width - last, top, width - first, bottom) if view.flip else view.box)
+        # Whole pixels, since the published crop is a copy: resizing must not blend in what lies around it. Without
+        # draft decoding the box already is whole.
+        cut = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+        crop = jittered_crop(full.rgb, cut, view.colour)
+        inner = left - cut[0], top - cut[1], right - cut[0], bottom - cut[1]
+        if view.flip:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            inner = crop.width - inner[2], inner[1], crop.width - inner[0], inner[3]
+        return crop.resize((self._size, self._size), BICUBIC, box=inner)
 
-    def _cropped(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
-        """Decode, cut a box (random, or without `rng` the central square) and resize it to (S, S)."""
-        width, height = image.size
-        if orientation(image) >= 5:  # stored on its side; boxes are in the frame that people see
-            width, height = height, width
-        augment = self._augment
-        if rng is None:
-            box = centre_square(width, height)
-        else:
-            box = random_box(width, height, (augment.crop_scale_min, augment.crop_scale_max), rng)
-        _draft(image, box, self._size)
-        rgb = upright_rgb(image)
-        across, down = rgb.width / width, rgb.height / height
-        scaled = (box[0] * across, box[1] * down, min(box[2] * across, rgb.width), min(box[3] * down, rgb.height))
-        return rgb.resize((self._size, self._size), BICUBIC, box=scaled)
+    def _centred(self, image: Image.Image) -> Image.Image:
+        """The short side resized to S, the centre cut out."""
+        box = centre_square(*upright_size(image))
+        full = decoded(image, self._shrink(box))
+        return full.rgb.resize((self._size, self._size), BICUBIC, box=full.box(box))
+
+    def _shrink(self, box: Box) -> float:
+        """By how much a photo may be decoded smaller: the box keeps at least S pixels in both directions."""
+        return min(box[2] - box[0], box[3] - box[1]) / self._size if self._augment.draft else 1.0
 
 
-def _draft(image: Image.Image, box: Box, size: int) -> None:
-    """Let libjpeg decode a photo at 1/2, 1/4 or 1/8 where the box keeps at least `size` pixels on both sides.
+def jittered_crop(rgb: Image.Image, cut: PixelBox, colour: Colour) -> Image.Image:
+    """The part `cut` of the image after the operations on the WHOLE image, byte for byte as PIL.ImageEnhance has it.
 
-    Large photos decode several times faster and the crop loses no resolution that the output could show.
+    Only contrast looks beyond a pixel, at the mean gray of the image as it is by then. So what comes before it is
+    computed for the whole image, and it and what follows for the part alone.
     """
-    if image.format not in JPEG_FORMATS:
-        return
-    shrink = min(box[2] - box[0], box[3] - box[1]) / size
-    if shrink >= 2:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Pillow picks the largest of 1, 2, 4, 8 that leaves at least this size; the mode stays the file's own.
-            image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+    if not colour:
+        return rgb.crop(cut)
+    contrast = [name for name, _ in colour].index("contrast")
+    for name, factor in colour[:contrast]:
+        rgb = _enhanced(rgb, name, factor, gray=0)
+    gray = int(ImageStat.Stat(rgb.convert("L")).mean[0] + 0.5)
+    crop = rgb.crop(cut)
+    for name, factor in colour[contrast:]:
+        crop = _enhanced(crop, name, factor, gray)
+    return crop
 
 
-def _jitter(image: Image.Image, augment: AugmentConfig, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation by factors in 1 +- jitter, in random order."""
-    factors = [1 + augment.jitter * (2 * rng.random() - 1) for _ in ENHANCERS]
-    order = sorted(range(len(ENHANCERS)), key=[rng.random() for _ in ENHANCERS].__getitem__)
-    for which in order:
-        image = ENHANCERS[which](image).enhance(max(0.0, factors[which]))
-    return image
-
-
-def _check(config: Config) -> None:
-    """Refuse values that would fail, or quietly do something else, deep inside a worker."""
-    vision, augment, mask = config.vision, config.augment, config.mask
-    if vision.image_size < 1 or vision.patch_size < 1 or vision.image_size % vision.patch_size:
-        raise UserError(
-            f"vision.image_size: {vision.image_size} is not a multiple of vision.patch_size {vision.patch_size}"
-        )
-    if vision.channels != 3:
-        raise UserError(f"vision.channels: images are read as RGB, expected 3, got {vision.channels}")
-    if not 0 < augment.crop_scale_min <= augment.crop_scale_max <= 1:
-        raise UserError(
-            "augment.crop_scale_min, crop_scale_max: expected 0 < min <= max <= 1, "
-            f"got {augment.crop_scale_min} and {augment.crop_scale_max}"
-        )
-    if augment.jitter < 0:
-        raise UserError(f"augment.jitter: expected 0 or more, got {augment.jitter}")
-    if not 0 <= mask.ratio <= 1:
-        raise UserError(f"mask.ratio: expected 0 to 1, got {mask.ratio}")
-    if not 0 < mask.min_aspect <= 1:
-        raise UserError(f"mask.min_aspect: expected more than 0, at most 1, got {mask.min_aspect}")
-    if mask.min_block < 1 or (mask.max_block is not None and mask.max_block < mask.min_block):
-        raise UserError(
-            f"mask.min_block, mask.max_block: expected 1 <= min <= max, got {mask.min_block}, {mask.max_block}"
-        )
+def _enhanced(rgb: Image.Image, name: str, factor: float, gray: int) -> Image.Image:
+    """Blend with black (brightness), with `gray` (contrast) or with the image's own gray (saturation)."""
+    if name == "saturation":
+        return Image.blend(rgb.convert("L").convert("RGB"), rgb, factor)
+    return Image.blend(Image.new("RGB", rgb.size, (gray if name == "contrast" else 0,) * 3), rgb, factor)

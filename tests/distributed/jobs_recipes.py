@@ -1,0 +1,90 @@
+"""Job for test_recipes.py: one real update of every recipe, at sizes that a CPU takes in its stride."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megad2v.config.schema import Config
+
+PATCHES_A_SIDE = 4
+
+
+def _small_vision(config: Config) -> dict[str, Any]:
+    """A grid of 4 x 4 of the recipe's own patches, with blocks to match."""
+    return {"vision__image_size": PATCHES_A_SIDE * config.vision.patch_size, "mask__min_block": 2}
+
+
+SMALL = {"vision": _small_vision}
+"""By modality, what makes its inputs small. A recipe of a new modality needs an entry here."""
+
+
+def small(recipe: str, ranks: int, shards: str, output: str) -> Config:
+    """The recipe, everything but its size: 4 channels a head, as many blocks as are averaged, batches of 2. Warm-up,
+    whose first learning rate would move no weight, is left out."""
+    from megad2v.config.load import load_config
+
+    config = load_config(recipe)
+    return load_config(
+        recipe,
+        model__width=4 * config.model.heads,
+        model__depth=config.targets.layers,
+        parallel__tensor=min(config.parallel.tensor, ranks),
+        schedule__warmup_steps=0,
+        data__shards=shards,
+        data__micro_batch={"samples": 2},
+        data__workers=0,
+        train__steps=1,
+        train__micro_batches_per_step=ranks,
+        train__init=None,
+        train__log_every=1,
+        train__tensorboard=False,
+        train__output_dir=output,
+        **SMALL[config.modality](config),
+    )
+
+
+def one_update(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
+    """By recipe: its metrics line, by kind of state how many of this rank's tensors the update changed, and the weight
+    decays in use after it. The package's own set-up and loop, on as many ranks as there are, one after another."""
+    from megad2v.engine import distributed
+    from megad2v.parallel.topology import Topology
+
+    world = distributed.start()
+    results = {}
+    configs = {name: small(name, world.size, arguments["shards"], str(output / name)) for name in arguments["recipes"]}
+    # DeepSpeed remembers the last topology that it was given, so tensor parallelism comes last.
+    for name, config in sorted(configs.items(), key=lambda item: item[1].parallel.tensor):
+        print(f"--- {name}", flush=True)
+        tensor = config.parallel.tensor
+        results[name] = _update(config, world if tensor == 1 else replace(world, topology=Topology(tensor, "cpu")))
+    return results
+
+
+def _update(config: Config, world: Any) -> dict[str, Any]:
+    from megad2v.config.deepspeed_json import read_deepspeed_json
+    from megad2v.training.loop import train
+    from megad2v.training.setup import set_up
+    from megad2v.training.state import state_memory
+    from tests.distributed.harness import REPOSITORY
+
+    ds = read_deepspeed_json(REPOSITORY / "ds_configs" / "zero1.json")
+    run = set_up(config, ds, world, recipe="test")
+    try:
+        before = [memory.clone() for memory in run.memory()]
+        train(run)
+        changed: dict[str, int] = {}
+        pairs = zip(state_memory(run.engine, run.teacher), before, strict=True)
+        for (kind, _, now), then in pairs:
+            changed[kind] = changed.get(kind, 0) + int(not now.equal(then))
+        groups = run.engine.deepspeed.optimizer.param_groups
+        return {
+            "line": json.loads((run.directory / "metrics.jsonl").read_text()) if world.is_main else {},
+            "updates": run.progress.updates,
+            "changed": changed,
+            "weight_decay": sorted({group["weight_decay"] for group in groups}),
+        }
+    finally:
+        run.close()

@@ -1,0 +1,46 @@
+"""Every recipe of the package trains: one update on real images through the package's own set-up and loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from megad2v.config.load import load_config, recipes
+from tests.distributed.harness import run_ranks
+from tests.unit.data_helpers import write_shards
+
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All recipes in one launch, at reduced size; by rank, then by recipe."""
+    output = tmp_path_factory.mktemp("recipes")
+    arguments = {"recipes": sorted(recipes()), "shards": str(write_shards(output / "shards"))}
+    return run_ranks("tests.distributed.jobs_recipes:one_update", RANKS, arguments, timeout=200, output=output)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("recipe", sorted(recipes()))
+def test_one_update(recipe: str, results: list[dict[str, Any]]) -> None:
+    """The loss is finite, the update taken, and it moves the student, its moments and the teacher on every rank."""
+    config = load_config(recipe)
+    for rank, by_recipe in enumerate(results):
+        seen = by_recipe[recipe]
+        assert seen["updates"] == 1, rank
+        assert all(seen["changed"].values()) and {"student", "teacher"} <= seen["changed"].keys(), seen["changed"]
+    line = results[0][recipe]["line"]
+    assert math.isfinite(line["loss"]) and line["loss"] > 0
+    assert math.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
+    assert line["masked"] > 0 and line["skipped_steps"] == 0
+    assert line["lr"] == config.optimizer.lr  # without warm-up the first update has the peak
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("recipe", sorted(recipes()))
+def test_weight_decay_is_the_recipes_after_an_update(recipe: str, results: list[dict[str, Any]]) -> None:
+    """No schedule touches it: what decays, decays by the recipe's one value."""
+    for by_recipe in results:
+        assert set(by_recipe[recipe]["weight_decay"]) - {0.0} == {load_config(recipe).optimizer.weight_decay}
