@@ -26,8 +26,9 @@ from PIL import Image, ImageEnhance
 
 from megad2v.config.load import load_config
 from megad2v.config.schema import Config
+from megad2v.modalities.draws import generator
 from megad2v.modalities.vision.decode import open_image, upright_rgb, upright_size
-from megad2v.modalities.vision.transforms import BICUBIC, VisionTransform, draw_view, generator, jittered_crop
+from megad2v.modalities.vision.transforms import BICUBIC, VisionTransform, draw_view, jittered_crop
 
 REPEATS = 5
 ENHANCE = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}

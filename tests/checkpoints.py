@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from megad2v.checkpoint.catalog import step_directory
 from megad2v.checkpoint.layout import INDEX, FileRecord, Index, Piece, file_digest
-from megad2v.config.schema import Config, ModelConfig, TeacherConfig, TrainConfig, VisionConfig
+from megad2v.config.schema import (
+    Config,
+    LossConfig,
+    ModelConfig,
+    SpeechConfig,
+    TargetsConfig,
+    TeacherConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from megad2v.modalities.build import build_student, build_teacher
 from megad2v.models.initialise import initialise_
 
@@ -30,13 +39,42 @@ def small_config(*, scope: str = "encoder", seed: int = 3, **model: Any) -> Conf
     )
 
 
-def perturb_(model: nn.Module, seed: int) -> nn.Module:
-    """Move every parameter off its initial value: a norm of ones, a bias of zeros hide mistakes. In eval mode."""
+def small_speech_config(
+    *, scope: str = "encoder", seed: int = 3, speech: Mapping[str, Any] | None = None, **model: Any
+) -> Config:
+    """A speech model of 18,000 parameters: 20 samples a frame, and the recipe's norms, targets and loss."""
+    shape = {
+        "width": 24,
+        "depth": 3,
+        "heads": 3,
+        "mlp_ratio": 2.0,
+        "norm": "post",
+        "layer_scale": None,
+        "qkv_bias": "full",
+        "relative_bias": False,
+        "head_layers": 1,
+        **model,
+    }
+    geometry = {"conv_layers": ((16, 10, 5), (12, 3, 2), (16, 2, 2)), "position_depth": 2, "position_kernel": 5}
+    return Config(
+        modality="speech",
+        model=ModelConfig(**shape),
+        speech=SpeechConfig(**{**geometry, "position_groups": 4, "max_seconds": 0.1, **(speech or {})}),
+        targets=TargetsConfig(layers=2, tensor="ffn", layer_norm="instance", average_norm="none", padding="include"),
+        loss=LossConfig(kind="mse", beta=0.0),
+        teacher=TeacherConfig(scope=scope, copied=("positions",)),
+        train=TrainConfig(seed=seed),
+    )
+
+
+def perturb_(model: nn.Module, seed: int, size: float = 0.1) -> nn.Module:
+    """Move every parameter off its initial value: a norm of ones, a bias of zeros hide mistakes. In eval mode. Wide
+    models want a smaller `size`, or attention becomes a choice of one and rounding grows."""
     initialise_(model, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
     return model.eval().requires_grad_(False)
 
 

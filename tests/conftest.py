@@ -33,10 +33,15 @@ def shared() -> Callable[[str], Path]:
     return find
 
 
+def reference_root() -> Path:
+    """The reference vectors: $MEGAD2V_REFERENCE, or `reference` in the shared folder."""
+    return Path(os.environ.get("MEGAD2V_REFERENCE") or shared_root() / "reference")
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """The reference vectors: $MEGAD2V_REFERENCE, or `reference` in the shared folder."""
-    path = Path(os.environ.get("MEGAD2V_REFERENCE") or shared_root() / "reference")
+    """`reference_root`, or a skip."""
+    path = reference_root()
     if not path.exists():
         pytest.skip(f"no reference vectors at {path} (set MEGAD2V_REFERENCE)")
     return path

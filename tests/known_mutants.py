@@ -23,6 +23,7 @@ GUARD = "tests/distributed/test_guard.py"
 PARALLEL = "tests/distributed/test_parallel.py"
 AUGMENT = "tests/unit/test_augment.py"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
+LENGTHS, SPANS = "tests/unit/test_plan_lengths.py", "tests/unit/test_speech_masking.py"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
@@ -151,8 +152,8 @@ MUTANTS = (
     Mutant(
         "order of samples ignores the epoch",
         "megad2v/data/plan.py",
-        "self.order.indices(epoch,",
-        "self.order.indices(0,",
+        "self._order.indices(epoch,",
+        "self._order.indices(0,",
         "tests/unit/test_plan.py::test_epochs_differ",
     ),
     Mutant(
@@ -189,6 +190,69 @@ MUTANTS = (
         "if height >= grid or width >= grid:",
         "if height > grid or width > grid:",
         "tests/unit/test_masking.py::test_no_block_spans_the_grid",
+    ),
+    Mutant(
+        "buckets meet a window's samples in step",
+        "megad2v/data/buckets.py",
+        'salt=("bucket", number)',
+        "salt=()",
+        f"{LENGTHS}::test_buckets_mix_the_same_window_differently",
+    ),
+    Mutant(
+        "each bucket shuffles the shards for itself",
+        "megad2v/data/buckets.py",
+        "SampleOrder(sizes, seed=seed,",
+        "SampleOrder(sizes, seed=seed + number,",
+        f"{LENGTHS}::test_reading_stays_near_in_the_shards",
+    ),
+    Mutant(
+        "rows by half of a bucket's length",
+        "megad2v/data/buckets.py",
+        "budget.rows(end)",
+        "budget.rows(end // 2)",
+        f"{LENGTHS}::test_budget_and_bucket_hold",
+    ),
+    Mutant(
+        "buckets one after the other",
+        "megad2v/data/buckets.py",
+        "which, j = self.place(epoch, position)",
+        "which, j = sorted(self.place(epoch, p) for p in range(self.epoch_micro_batches))[position]",
+        f"{LENGTHS}::test_buckets_are_spread_over_the_epoch",
+    ),
+    Mutant(
+        "spans start with replacement",
+        "megad2v/modalities/speech/masking.py",
+        "starts = subset(frames - reserve, count, rng)",
+        "starts = (rng.random(count) * (frames - reserve)).astype(int)",
+        f"{SPANS}::test_distribution_is_the_specs",
+    ),
+    Mutant(
+        "spans reach the last frame",
+        "megad2v/modalities/speech/masking.py",
+        "reserve = span if",
+        "reserve = span - 1 if",
+        f"{SPANS}::test_published_setting",
+    ),
+    Mutant(
+        "normalised after the crop",
+        "megad2v/modalities/speech/transforms.py",
+        "_normalisation(waveform) if",
+        "_normalisation(waveform[: len(waveform) // 2]) if",
+        "tests/unit/test_speech_transforms.py::test_training_crops_to_the_shortest_after_normalising_the_whole",
+    ),
+    Mutant(
+        "crops of speech ignore the epoch",
+        "megad2v/modalities/speech/transforms.py",
+        'generator(self._seed, epoch, sample_id, "crop")',
+        'generator(self._seed, sample_id, "crop")',
+        "tests/unit/test_speech_transforms.py::test_crop_and_mask_each_change",
+    ),
+    Mutant(
+        "padding counts as positions",
+        "megad2v/modalities/batch.py",
+        "if self.padding_bt is None or not rows:",
+        "if True:",
+        "tests/unit/test_speech_transforms.py::test_positions_that_count",
     ),
     # --- the step
     Mutant(
@@ -376,6 +440,49 @@ MUTANTS = (
         "layer_drop/{seed}/{step}/{block}",
         "layer_drop/{seed}/{block}",
         "tests/unit/test_guard.py::test_layer_drop_is_a_pure_draw",
+    ),
+    # --- speech
+    Mutant(
+        "speech: positions without their norms",
+        "megad2v/modalities/speech/positions.py",
+        "F.gelu(F.layer_norm(y_btd, y_btd.shape[-1:], eps=EPS).transpose(1, 2))",
+        "F.gelu(y_btd.transpose(1, 2))",
+        "tests/parity/test_reference.py::test_intermediates",
+    ),
+    Mutant(
+        "speech: the teacher's view is masked too",
+        "megad2v/modalities/speech/front_end.py",
+        "return torch.where(mask_bt.unsqueeze(-1), self.mask_token.to(clean_btd.dtype), clean_btd), clean_btd",
+        "return (torch.where(mask_bt.unsqueeze(-1), self.mask_token.to(clean_btd.dtype), clean_btd),) * 2",
+        "tests/unit/test_speech_front_end.py::test_views_and_mask_token",
+    ),
+    Mutant(
+        "speech: padding not zeroed in front of the positions",
+        "megad2v/models/encoder.py",
+        "x_btd = x_btd.masked_fill(padding_bt.unsqueeze(-1), 0)",
+        "pass",
+        "tests/parity/test_hugging_face_speech.py::test_every_hidden_state_is_theirs",
+    ),
+    Mutant(
+        "speech: query and key exchanged in an export",
+        "megad2v/modalities/speech/hf_keys.py",
+        'for part in ("q", "k", "v")',
+        'for part in ("k", "q", "v")',
+        "tests/cli/test_convert.py::test_speech",
+    ),
+    Mutant(
+        "speech: copied positions averaged",
+        "megad2v/teacher/ema.py",
+        "(self._copied, 1.0)",
+        "(self._copied, 1.0 - decay)",
+        ORACLE,
+    ),
+    Mutant(
+        "layer drop under one trace",
+        "megad2v/engine/traces.py",
+        "if kind == self._current:",
+        "if self._current is not None:",
+        "tests/distributed/test_layer_drop.py::test_a_dropped_block_is_not_gathered",
     ),
     # --- resuming
     Mutant(

@@ -9,11 +9,14 @@ from typing import Any
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
 
+BUDGETS = {"vision": ("images", ("samples",)), "speech": ("recordings", ("seconds", "samples"))}
+"""What a micro-batch may be measured by."""
+
 
 def validate(config: Config) -> None:
     """Raise UserError for the first contradiction inside the configuration."""
     # Finiteness first: NaN breaks most of the rules below too, and their words would not say so.
-    for rules in (_finite, _model, _objective, _optimisation, _verdict, _run):
+    for rules in (_finite, _model, _objective, _optimisation, _verdict, _data, _run):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -33,7 +36,7 @@ def _finite(section: Any, prefix: str = "") -> list[str]:
 
 
 def _model(config: Config) -> list[str]:
-    model, vision, problems = config.model, config.vision, []
+    model, problems = config.model, []
     if min(model.width, model.depth, model.heads) < 1:
         problems.append("model.width, model.depth and model.heads must be at least 1")
     elif model.width % model.heads:
@@ -48,6 +51,11 @@ def _model(config: Config) -> list[str]:
             problems.append(f"model.{key}: expected a probability in [0, 1), got {getattr(model, key)}")
     if model.deep_norm and model.norm != "post":
         problems.append("model.deep_norm: scales the residual stream before post-norms; set model.norm post")
+    return problems + (_speech(config) if config.modality == "speech" else _vision(config))
+
+
+def _vision(config: Config) -> list[str]:
+    vision, problems = config.vision, []
     if vision.patch_size < 1 or vision.image_size < 1 or vision.image_size % vision.patch_size:
         problems.append(
             f"vision.image_size: {vision.image_size} is not a multiple of vision.patch_size {vision.patch_size}"
@@ -56,6 +64,28 @@ def _model(config: Config) -> list[str]:
         problems.append(f"vision.channels: images are decoded to RGB, so 3, got {vision.channels}")
     if min(vision.std) <= 0:
         problems.append(f"vision.std: pixels are divided by it, so every value must be above 0, got {vision.std}")
+    return problems
+
+
+def _speech(config: Config) -> list[str]:
+    model, speech, problems = config.model, config.speech, []
+    if not speech.conv_layers or any(min(layer) < 1 for layer in speech.conv_layers):
+        problems.append(
+            "speech.conv_layers: expected at least one (channels, kernel, stride), every number at least 1, "
+            f"got {speech.conv_layers}"
+        )
+    for channels, kernel, stride in speech.conv_layers:
+        if stride > kernel:
+            problems.append(
+                f"speech.conv_layers: ({channels}, {kernel}, {stride}) passes over {stride - kernel} of every {stride} "
+                "samples; a stride is at most its kernel"
+            )
+    if speech.position_depth < 1 or speech.position_kernel < 1:
+        problems.append("speech.position_depth and speech.position_kernel must be at least 1")
+    if speech.position_groups < 1 or model.width % speech.position_groups:
+        problems.append(f"speech.position_groups: {speech.position_groups} does not divide model.width {model.width}")
+    if model.relative_bias:
+        problems.append("model.relative_bias: is a table over a grid of patches; speech has none, set it false")
     return problems
 
 
@@ -182,15 +212,44 @@ def _run(config: Config) -> list[str]:
             problems.append(f"train.{key}: expected at least {least}, got {getattr(train, key)}")
     if train.rendezvous_timeout <= 0:
         problems.append(f"train.rendezvous_timeout: expected more than 0 seconds, got {train.rendezvous_timeout:g}")
-    budgets = [k for k in ("samples", "tokens", "seconds") if getattr(config.data.micro_batch, k) is not None]
-    if len(budgets) != 1:
-        problems.append(f"data.micro_batch: give exactly one of samples, tokens, seconds; got {budgets or 'none'}")
-    elif budgets != ["samples"]:
-        problems.append(f"data.micro_batch.{budgets[0]}: images are batched by samples")
-    elif config.data.micro_batch.samples < 1:
+    return problems
+
+
+def _data(config: Config) -> list[str]:
+    data, mask, problems = config.data, config.mask, []
+    budgets = [k for k in ("samples", "tokens", "seconds") if getattr(data.micro_batch, k) is not None]
+    what, allowed = BUDGETS[config.modality]
+    if len(budgets) != 1 or budgets[0] not in allowed:
+        got = ", ".join(budgets) or "none"
+        problems.append(
+            f"data.micro_batch: {what} are batched by {' or '.join(allowed)}: give one, the others null; got {got}"
+        )
+    elif budgets == ["samples"] and data.micro_batch.samples < 1:
         problems.append("data.micro_batch.samples: expected at least 1")
-    if config.data.workers < 0 or config.data.window < 1:
+    if data.workers < 0 or data.window < 1:
         problems.append("data.workers must be at least 0 and data.window at least 1")
-    if not 0 <= config.data.max_bad_fraction <= 1:
-        problems.append(f"data.max_bad_fraction: expected a fraction in [0, 1], got {config.data.max_bad_fraction}")
+    if not 0 <= data.max_bad_fraction <= 1:
+        problems.append(f"data.max_bad_fraction: expected a fraction in [0, 1], got {data.max_bad_fraction}")
+    if mask.span < 1 or mask.min_spans < 0:
+        problems.append(
+            f"mask.span must be at least 1 and mask.min_spans at least 0, got {mask.span} and {mask.min_spans}"
+        )
+    return problems + (_lengths(config) if config.modality == "speech" else [])
+
+
+def _lengths(config: Config) -> list[str]:
+    data, speech, problems = config.data, config.speech, []
+    if data.bucket_ratio <= 1:
+        problems.append(f"data.bucket_ratio: longest over shortest of a bucket, more than 1, got {data.bucket_ratio}")
+    if not 0 < speech.min_seconds <= speech.max_seconds:
+        problems.append(
+            "speech.min_seconds and max_seconds: expected 0 < min <= max, "
+            f"got {speech.min_seconds:g} and {speech.max_seconds:g}"
+        )
+    seconds = data.micro_batch.seconds
+    if seconds is not None and seconds < speech.max_seconds:
+        problems.append(
+            f"data.micro_batch.seconds: {seconds:g} cannot hold one recording of speech.max_seconds "
+            f"({speech.max_seconds:g}); raise it, or lower that"
+        )
     return problems

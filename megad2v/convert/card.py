@@ -7,13 +7,15 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.schema import Config
 
-SECTIONS = ("model", "vision", "augment", "mask", "targets", "loss", "teacher", "optimizer", "schedule")
-"""What describes the model and its training. The others hold paths of the machine it ran on."""
+SECTIONS = ("mask", "targets", "loss", "teacher", "optimizer", "schedule")
+"""What describes the model and its training, beside `model` and what the modality adds (its CARD_SECTIONS). The others
+hold paths of the machine it ran on."""
 
 WEIGHTS_TEXT = {
     "student": "the student, which the optimizer trained (what the released data2vec models hold)",
@@ -23,10 +25,10 @@ WEIGHTS_TEXT = {
 _TEMPLATE = """\
 ---
 library_name: transformers
-pipeline_tag: image-feature-extraction
+pipeline_tag: {pipeline}
 tags:
 - data2vec
-- data2vec-vision
+- {tag}
 - self-supervised
 ---
 
@@ -35,21 +37,7 @@ tags:
 {parameters:,} parameters in float32, pretrained without labels by [data2vec](https://arxiv.org/abs/2202.03555).
 It has no classifier: use its features, or fine-tune it. These weights are {weights}{shared}.
 
-```python
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-folder = "."  # this folder
-processor = AutoImageProcessor.from_pretrained(folder)
-model = AutoModel.from_pretrained(folder).eval()
-output = model(**processor(Image.open("picture.jpg"), return_tensors="pt")).last_hidden_state
-features = output[:, 1:].mean(dim=1)  # token 0 is CLS, which pretraining gives no target: prefer the patches' mean
-```
-
-To fine-tune a classifier on the mean of the patches, as data2vec was evaluated, say
-`AutoModelForImageClassification.from_pretrained(folder, num_labels=N, use_mean_pooling=True)`: the norm behind the mean
-starts new, and the encoder's own final norm is left out. Without `use_mean_pooling` the classifier reads the CLS token.
-
+{usage}
 ## Agreement with the model that was trained
 
 Every hidden state was compared on random input: largest difference {max_abs:.1e} in float32 (relative {relative:.1e},
@@ -71,12 +59,17 @@ allowed {tolerance:g}), relative {relative_float64:.1e} in float64. Layer by lay
 """
 
 
-def model_card(checkpoint: Checkpoint, config: Config, weights: str, parameters: int, parity: Mapping[str, Any]) -> str:
-    """Markdown with the front matter that Hugging Face's hub reads."""
+def model_card(
+    checkpoint: Checkpoint, config: Config, keys: ModuleType, weights: str, parameters: int, parity: Mapping[str, Any]
+) -> str:
+    """Markdown with the front matter that Hugging Face's hub reads. `keys` is the modality's key map."""
     shared = " (with the student's own front end)" if weights == "teacher" and config.teacher.scope == "encoder" else ""
     tree = dataclasses.asdict(config)
-    sections = {name: tree[name] for name in SECTIONS if name in tree}
+    sections = {name: tree[name] for name in ("model", *keys.CARD_SECTIONS, *SECTIONS)}
     return _TEMPLATE.format(
+        pipeline=keys.PIPELINE,
+        tag=keys.model_config(config)["model_type"],
+        usage=keys.USAGE,
         modality=config.modality,
         width=config.model.width,
         depth=config.model.depth,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import megad2v
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
+from megad2v.modalities.keys import Example
 from megad2v.models.data2vec import Student
 
 TOLERANCE = 1e-5
@@ -41,7 +42,7 @@ class LayerDifference:
     """One hidden state of both models."""
 
     name: str
-    """input, block 1 ..., output (behind the final norm)."""
+    """input (of block 1), block 1 ..., output."""
     largest: float
     """Largest absolute value of ours."""
     max_abs: float
@@ -99,7 +100,7 @@ def certify(folder: Path, student: Student, keys: ModuleType, config: Config) ->
         "max_abs": max(layer.max_abs for layer in layers),
         "relative": max(layer.relative for layer in layers),
         "relative_float64": max(layer.relative_float64 for layer in layers),
-        "input": f"{tuple(example.inputs.shape)} normal noise from seed {SEED}; half the positions of row 1 masked",
+        "input": f"{example.description}; seed {SEED}",
         "layers": [asdict(layer) for layer in layers],
         "versions": versions(transformers),
     }
@@ -137,7 +138,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _double(example: Any) -> Any:
+def _double(example: Example) -> Example:
     """The example with its floating-point tensors in float64."""
 
     def double(value: Tensor) -> Tensor:
@@ -148,15 +149,28 @@ def _double(example: Any) -> Any:
 
 
 @torch.no_grad()
-def _compare(student: Student, model: nn.Module, example: Any) -> list[tuple[str, float, float]]:
+def hidden_states(student: Student, example: Example) -> list[Tensor]:
+    """What enters the first block (behind positions and, in post-norm models, the norm), the output of each block, and
+    the encoder's output, each (B, prefix + T, D). `example` has no prefix padding: its modality has no prefix, or it no
+    padding."""
+    entering: list[Tensor] = []
+    encoder = student.encoder
+    hook = encoder.blocks[0].register_forward_pre_hook(lambda _, arguments: entering.append(arguments[0]))
+    try:
+        masked_btd, _ = student.front_end(example.inputs, example.mask_bt)
+        output_btd, blocks_btd = encoder(masked_btd, example.padding_bt, last=len(encoder.blocks), tensor="block")
+    finally:
+        hook.remove()
+    return [*entering, *blocks_btd, output_btd]
+
+
+@torch.no_grad()
+def _compare(student: Student, model: nn.Module, example: Example) -> list[tuple[str, float, float]]:
     """(name, largest absolute value of ours, largest absolute difference) of each hidden state, bottom up."""
-    student.eval()
-    x_btd, _ = student.front_end(example.inputs, example.mask_bt)
-    output_btd, blocks_btd = student.encoder(x_btd, last=len(student.encoder.blocks), tensor="block")
-    ours = [x_btd, *blocks_btd, output_btd]
+    ours = hidden_states(student.eval(), example)
     result = model(**example.arguments, output_hidden_states=True)
     theirs = [*result.hidden_states, result.last_hidden_state]
-    names = ["input", *(f"block {number}" for number in range(1, len(blocks_btd) + 1)), "output"]
+    names = ["input", *(f"block {number}" for number in range(1, len(ours) - 1)), "output"]
     return [
         (name, float(our.abs().max()), float((our - their).abs().max()))
         for name, our, their in zip(names, ours, theirs, strict=True)

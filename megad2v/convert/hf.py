@@ -3,7 +3,7 @@
 OUTPUT/
   model.safetensors          weights, float32
   config.json                what AutoModel builds
-  preprocessor_config.json   what AutoImageProcessor does to an image
+  preprocessor_config.json   what AutoImageProcessor does to an image, AutoFeatureExtractor to a waveform
   parity.json                the certificate: differences per layer, tolerances, versions
   README.md                  the model card
 """
@@ -27,9 +27,10 @@ from megad2v.convert.card import model_card
 from megad2v.convert.certificate import certify, require_transformers
 from megad2v.convert.load import Weights, checkpoint_config, load_encoder
 from megad2v.errors import UserError
+from megad2v.modalities.speech import hf_keys as speech
 from megad2v.modalities.vision import hf_keys as vision
 
-KEY_MAPS: dict[str, ModuleType] = {"vision": vision}
+KEY_MAPS: dict[str, ModuleType] = {"vision": vision, "speech": speech}
 """How each modality's model is called there: see modalities/vision/hf_keys.py for what a key map offers."""
 
 CERTIFICATE = "parity.json"
@@ -64,7 +65,7 @@ def export(
             "sha256": {"model.safetensors": file_digest(aside / "model.safetensors")},
         }
         _write_json(aside / CERTIFICATE, parity)
-        card = model_card(checkpoint, config, weights, parameters, parity)
+        card = model_card(checkpoint, config, keys, weights, parameters, parity)
         (aside / "README.md").write_text(card, encoding="utf-8")
     return parity
 

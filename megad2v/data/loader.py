@@ -6,24 +6,25 @@ and the stream is the same for any number of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
+from typing import Any
 
 from megad2v.config.schema import Config
 from megad2v.data.format import read_dataset
-from megad2v.data.order import SampleOrder
-from megad2v.data.plan import Plan, micro_batch_samples, rank_share
+from megad2v.data.plan import Row, in_order, rank_share, training_plan, validation_plan
 from megad2v.data.shardset import ShardSet
 from megad2v.data.workers import MicroBatches, Stream
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
-from megad2v.modalities.sample import Transform
-from megad2v.modalities.vision.transforms import Mode, VisionTransform
+from megad2v.modalities.sample import Mode, Transform
+from megad2v.modalities.speech.transforms import SpeechTransform
+from megad2v.modalities.vision.transforms import VisionTransform
 
-Row = tuple[int, int]
-"""(epoch, sample index)."""
-
-TRANSFORMS: Mapping[str, type[VisionTransform]] = {"vision": VisionTransform}
+TRANSFORMS: Mapping[str, Callable[[Config, Mode], Transform[Any]]] = {
+    "vision": VisionTransform,
+    "speech": SpeechTransform,
+}
 """Worker side of each modality."""
 
 
@@ -41,24 +42,23 @@ class TrainingLoader:
         if data.window < 1:
             raise UserError(f"data.window: expected at least 1 shard, got {data.window}")
         _check_workers(data.workers)
-        self._share = rank_share(train.micro_batches_per_step, rank, world)
-        samples = micro_batch_samples(data)
+        self._micro_batches = train.micro_batches_per_step
+        self._share = rank_share(self._micro_batches, rank, world)
         self._shards = _open_shards(data.shards, "data.shards", config.modality)
-        order = SampleOrder(self._shards.shard_sizes, seed=train.seed, window=data.window)
-        self.plan = Plan(order, samples=samples, micro_batches=train.micro_batches_per_step)
-        self.samples_per_step = self.plan.samples_per_step
-        self.epoch_size = len(self._shards)
+        plan, self.remarks = training_plan(config, self._shards)
+        """Lines that people should know of: what was left out, how it is batched."""
+        self.epoch_size = plan.epoch_size
         self.fingerprint = self._shards.fingerprint
-        """Hash of shard names and counts; a resumed run with another one sees another order."""
+        """Hash of what the order depends on; a resumed run with another one sees another order."""
         self._start_step = start_step
         self._workers = data.workers
-        self._batches = MicroBatches(self._shards, _transform(config, "train"), self.plan.numbered)
+        self._batches = MicroBatches(self._shards, _transform(config, "train"), plan.numbered)
         self._stream: Stream | None = None
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Start from `start_step`; an earlier iteration ends, since the workers are the loader's."""
         self.close()
-        numbers = _Numbers(self._start_step, self.plan.micro_batches, self._share)
+        numbers = _Numbers(self._start_step, self._micro_batches, self._share)
         self._stream = stream = Stream(self._batches, numbers, self._workers, per_step=len(self._share))
         try:
             while True:
@@ -99,11 +99,13 @@ class FiniteBatches:
     Each pass starts its own workers and ends them, also when it is left early.
     """
 
-    def __init__(self, shards: ShardSet, transform: Transform, plan: list[list[Row]], workers: int) -> None:
+    def __init__(self, shards: ShardSet, transform: Transform[Any], plan: list[list[Row]], workers: int) -> None:
         self.samples = sum(len(rows) for rows in plan)
         """Samples that this rank meets in one pass."""
         self.classes: tuple[str, ...] = ()
         """Class names by id (labelled_batches)."""
+        self.remarks: list[str] = []
+        """As TrainingLoader.remarks (validation_batches)."""
         self._plan = plan
         self._workers = min(workers, len(plan))
         self._batches = MicroBatches(shards, transform, plan.__getitem__)
@@ -123,14 +125,16 @@ def validation_batches(config: Config, *, rank: int, world: int) -> FiniteBatche
     """This rank's share of `data.valid`: the same number of micro-batches on every rank, each sample once over all.
 
     Micro-batch j goes to rank j % world; ranks without one get the row of zeros. Images are resized by the short side
-    and cropped in the centre; masks depend on (train.seed, sample id) alone. Raises UserError as TrainingLoader does.
+    and cropped in the centre; speech is padded. Masks depend on (train.seed, sample id) alone.
+    Raises UserError as TrainingLoader does.
     """
-    size = micro_batch_samples(config.data)
     _check_workers(config.data.workers)
     shards = _open_shards(config.data.valid, "data.valid", config.modality)
-    plan = _in_order(len(shards), size)
+    plan, remarks = validation_plan(config, shards)
     plan += [[]] * (-len(plan) % world)
-    return FiniteBatches(shards, _transform(config, "valid"), plan[rank::world], config.data.workers)
+    batches = FiniteBatches(shards, _transform(config, "valid"), plan[rank::world], config.data.workers)
+    batches.remarks = remarks
+    return batches
 
 
 def labelled_batches(pattern: str, config: Config, batch_size: int, workers: int) -> FiniteBatches:
@@ -146,8 +150,8 @@ def labelled_batches(pattern: str, config: Config, batch_size: int, workers: int
     labels = shards.labels()
     if labels.min() < 0:
         where = shards.sample_id(int(labels.argmin()))
-        raise UserError(f"{where}: has no class id; probes need KEY.cls with a whole number beside every image")
-    batches = FiniteBatches(shards, _transform(config, "probe"), _in_order(len(shards), batch_size), workers)
+        raise UserError(f"{where}: has no class id; probes need KEY.cls with a whole number in every sample")
+    batches = FiniteBatches(shards, _transform(config, "probe"), in_order(len(shards), batch_size), workers)
     batches.classes = _class_names(shards, int(labels.max()))
     return batches
 
@@ -169,11 +173,7 @@ def _class_names(shards: ShardSet, largest: int) -> tuple[str, ...]:
     return found
 
 
-def _in_order(total: int, size: int) -> list[list[Row]]:
-    return [[(0, index) for index in range(start, min(start + size, total))] for start in range(0, total, size)]
-
-
-def _transform(config: Config, mode: Mode) -> Transform:
+def _transform(config: Config, mode: Mode) -> Transform[Any]:
     return TRANSFORMS[config.modality](config, mode)
 
 

@@ -75,9 +75,15 @@ class _Epoch:
 
 
 class SampleOrder:
-    """Position k of an epoch -> sample index, for shards of given sizes. Sample indices count through the shards."""
+    """Position k of an epoch -> sample index, for shards of given sizes. Sample indices count through the shards.
 
-    def __init__(self, shard_sizes: Sequence[int] | Int64s, *, seed: int, window: int) -> None:
+    Orders of the same seed and epoch meet the shards in the same sequence, whatever their sizes; `salt` makes them mix
+    the samples of a window differently.
+    """
+
+    def __init__(
+        self, shard_sizes: Sequence[int] | Int64s, *, seed: int, window: int, salt: tuple[object, ...] = ()
+    ) -> None:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
         self.size = int(self._starts[-1])
@@ -85,6 +91,7 @@ class SampleOrder:
             raise ValueError(f"window ({window}) and number of samples ({self.size}) must be at least 1")
         self._seed = seed
         self._window = window
+        self._salt = salt
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._permutations: OrderedDict[tuple[int, int], KeyedPermutation] = OrderedDict()
 
@@ -114,7 +121,7 @@ class SampleOrder:
     def _permutation(self, epoch: int, window: int, plan: _Epoch) -> KeyedPermutation:
         if (epoch, window) not in self._permutations:
             size = int(plan.windows[window + 1] - plan.windows[window])
-            self._permutations[epoch, window] = KeyedPermutation(size, self._seed, epoch, "window", window)
+            self._permutations[epoch, window] = KeyedPermutation(size, self._seed, epoch, "window", window, *self._salt)
             if len(self._permutations) > CACHED:
                 self._permutations.popitem(last=False)
         return self._permutations[epoch, window]

@@ -1,45 +1,57 @@
-"""Which samples make up a micro-batch: a pure function of the step number.
+"""Which samples make up a micro-batch: a pure function of its running number, step * M + m.
 
-The stream of samples runs on over the epochs (position k is in epoch k // n), so there is no short last step and no
-rank that runs dry, also when a step holds more samples than the set. A step is M micro-batches; data-parallel rank r
-of R computes m = r, r + R, ... in that order, so any R that divides M computes the same step.
+A step is M micro-batches; data-parallel rank r of R computes m = r, r + R, ... in that order, so any R that divides M
+computes the same step, and the state is the step number.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
-from megad2v.config.schema import DataConfig
+from megad2v.config.schema import Config
+from megad2v.data.buckets import BucketPlan, LengthBudget, grouped_in_order
 from megad2v.data.order import SampleOrder
+from megad2v.data.shardset import ShardSet
 from megad2v.errors import UserError
+from megad2v.modalities.speech.geometry import SAMPLE_RATE
+
+Row = tuple[int, int]
+"""(epoch, sample index)."""
 
 
-class Plan:
-    """Step s, micro-batch m -> samples; `samples` per micro-batch, `micro_batches` (M) per step."""
+class Plan(Protocol):
+    """Micro-batches without end."""
 
-    def __init__(self, order: SampleOrder, *, samples: int, micro_batches: int) -> None:
-        self.order = order
-        self.samples = samples
-        self.micro_batches = micro_batches
+    epoch_size: int
+    """Samples of an epoch."""
 
-    @property
-    def samples_per_step(self) -> int:
-        """Samples of one optimizer step over all ranks."""
-        return self.samples * self.micro_batches
+    def numbered(self, number: int) -> list[Row]:
+        """The rows of micro-batch `number` (0, 1, ...)."""
+        ...
 
-    def micro_batch(self, step: int, m: int) -> list[tuple[int, int]]:
-        """(epoch, sample index) of each row of micro-batch m (0..M-1) of a step (0, 1, ...)."""
-        first = (step * self.micro_batches + m) * self.samples
-        stream = np.arange(first, first + self.samples, dtype=np.int64)
-        epochs, positions = np.divmod(stream, self.order.size)
-        rows: list[tuple[int, int]] = []
+
+class SamplePlan:
+    """Micro-batches of equally many samples, for samples of one size.
+
+    The stream of samples runs on over the epochs (position k is in epoch k // n), so there is no short last step and no
+    rank that runs dry, also when a step holds more samples than the set.
+    """
+
+    def __init__(self, order: SampleOrder, samples: int) -> None:
+        self.epoch_size = order.size
+        self._order = order
+        self._samples = samples
+
+    def numbered(self, number: int) -> list[Row]:
+        """(epoch, sample index) of each row of micro-batch `number` (0, 1, ..., over all epochs)."""
+        stream = np.arange(number * self._samples, (number + 1) * self._samples, dtype=np.int64)
+        epochs, positions = np.divmod(stream, self.epoch_size)
+        rows: list[Row] = []
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            rows += [(epoch, int(index)) for index in self.order.indices(epoch, positions[epochs == epoch])]
+            rows += [(epoch, int(index)) for index in self._order.indices(epoch, positions[epochs == epoch])]
         return rows
-
-    def numbered(self, number: int) -> list[tuple[int, int]]:
-        """The micro-batch by its running number, step * M + m."""
-        return self.micro_batch(*divmod(number, self.micro_batches))
 
 
 def rank_share(micro_batches: int, rank: int, world: int) -> range:
@@ -55,15 +67,59 @@ def rank_share(micro_batches: int, rank: int, world: int) -> range:
     return range(rank, micro_batches, world)
 
 
-def micro_batch_samples(data: DataConfig) -> int:
-    """Rows of a micro-batch of images. Raises UserError for budgets that belong to other modalities."""
-    budget = data.micro_batch
-    for name in ("tokens", "seconds"):
-        if getattr(budget, name) is not None:
-            raise UserError(
-                f"data.micro_batch.{name}: images are counted in samples, {name} are for other modalities; "
-                f"set data.micro_batch.samples and data.micro_batch.{name} null"
-            )
-    if budget.samples is None or budget.samples < 1:
-        raise UserError(f"data.micro_batch.samples: expected a whole number of at least 1, got {budget.samples}")
-    return budget.samples
+def length_budget(config: Config) -> LengthBudget | None:
+    """What a micro-batch holds, for modalities whose samples differ in length; None for images."""
+    if config.modality == "vision":
+        return None
+    speech, budget = config.speech, config.data.micro_batch
+    return LengthBudget(
+        shortest=round(speech.min_seconds * SAMPLE_RATE),
+        longest=round(speech.max_seconds * SAMPLE_RATE),
+        samples=budget.samples,
+        total=round((budget.seconds or 0) * SAMPLE_RATE),
+    )
+
+
+def training_plan(config: Config, shards: ShardSet) -> tuple[Plan, list[str]]:
+    """The micro-batches of a run, and what people should know of them. Raises UserError when no sample is left."""
+    data, seed, budget = config.data, config.train.seed, length_budget(config)
+    if budget is None:
+        assert data.micro_batch.samples is not None  # config.validate
+        order = SampleOrder(shards.shard_sizes, seed=seed, window=data.window)
+        return SamplePlan(order, data.micro_batch.samples), []
+    lengths = shards.lengths()
+    plan = BucketPlan(lengths, shards.shard_sizes, budget, ratio=data.bucket_ratio, seed=seed, window=data.window)
+    remarks = _left_out("data.shards", config, lengths, budget)
+    buckets = "1 length bucket" if plan.buckets == 1 else f"{plan.buckets} length buckets"
+    remarks.append(f"data.shards: {buckets}, {plan.epoch_micro_batches} micro-batches an epoch")
+    return plan, remarks
+
+
+def validation_plan(config: Config, shards: ShardSet) -> tuple[list[list[Row]], list[str]]:
+    """Micro-batches that hold every sample once, in order, and what people should know of them.
+
+    Raises UserError when no sample is left.
+    """
+    budget = length_budget(config)
+    if budget is None:
+        assert config.data.micro_batch.samples is not None  # config.validate
+        return in_order(len(shards), config.data.micro_batch.samples), []
+    lengths = shards.lengths()
+    remarks = _left_out("data.valid", config, lengths, budget)
+    return [[(0, index) for index in group] for group in grouped_in_order(lengths, budget)], remarks
+
+
+def in_order(total: int, size: int) -> list[list[Row]]:
+    """Samples 0..total-1, `size` to a micro-batch."""
+    return [[(0, index) for index in range(start, min(start + size, total))] for start in range(0, total, size)]
+
+
+def _left_out(key: str, config: Config, lengths: np.ndarray, budget: LengthBudget) -> list[str]:
+    """A line about the recordings that are too short, if any. Raises UserError when all are."""
+    short = int(np.count_nonzero(budget.cropped(lengths) == 0))
+    seconds = config.speech.min_seconds
+    if short == len(lengths):
+        raise UserError(
+            f"{key}: all {short} recordings are shorter than speech.min_seconds, {seconds:g}; lower it, or give others"
+        )
+    return [f"{key}: {short} of {len(lengths)} recordings, shorter than {seconds:g} s, are left out"] if short else []

@@ -66,9 +66,11 @@ class ShardSet:
 
     @property
     def fingerprint(self) -> str:
-        """Hex hash of shard names and counts: differs when the order of samples would differ."""
+        """Hex hash of shard names and counts, and of lengths where they decide too: differs when the order of samples
+        would differ."""
         names = "\n".join(f"{p.name} {size}" for p, size in zip(self.paths, self.shard_sizes, strict=True))
-        return blake2b(names.encode(), digest_size=8).hexdigest()
+        lengths = b"" if self.modality == "vision" else self.lengths().astype("<i8").tobytes()
+        return blake2b(names.encode() + lengths, digest_size=8).hexdigest()
 
     def sample_id(self, index: int) -> str:
         """The id of sample `index` (0..len-1) without reading it."""
@@ -78,6 +80,10 @@ class ShardSet:
     def labels(self) -> npt.NDArray[np.int32]:
         """(len,) class ids; index.NO_LABEL or index.UNREADABLE_LABEL where there is none."""
         return np.concatenate([index.records["label"] for index in self._indexes])
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(len,) lengths as indexed (speech: samples at 16 kHz); 0 where the file's header does not say."""
+        return np.concatenate([index.records["length"] for index in self._indexes]).astype(np.int64)
 
     def read(self, index: int) -> RawSample:
         """Sample `index` (0..len-1). Raises UserError when its shard has changed, vanished or cannot be read."""

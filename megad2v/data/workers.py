@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from megad2v.data.shardset import ShardSet
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
-from megad2v.modalities.sample import BadSample, Sample, Transform
+from megad2v.modalities.sample import BadSample, Transform
 
 PID, SAMPLE = 0, 1
 """Columns of the board on which workers write who they are and which sample they have in hand (-1: none)."""
@@ -40,7 +41,9 @@ class Refusal:
 class MicroBatches(Dataset["Batch | Refusal"]):
     """Micro-batch number -> Batch. `rows` plans its (epoch, sample index) pairs; an empty plan is the row of zeros."""
 
-    def __init__(self, shards: ShardSet, transform: Transform, rows: Callable[[int], list[tuple[int, int]]]) -> None:
+    def __init__(
+        self, shards: ShardSet, transform: Transform[Any], rows: Callable[[int], list[tuple[int, int]]]
+    ) -> None:
         self.shards = shards
         self._transform = transform
         self._rows = rows
@@ -48,7 +51,7 @@ class MicroBatches(Dataset["Batch | Refusal"]):
         """(workers, 2) int64 in shared memory, or None without workers."""
 
     def __getitem__(self, number: int) -> Batch | Refusal:
-        samples: list[Sample] = []
+        samples: list[Any] = []  # the transform's own kind
         sample_ids: list[str] = []
         labels: list[int] = []
         dropped: list[tuple[str, str]] = []

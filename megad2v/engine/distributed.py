@@ -104,6 +104,9 @@ def start(
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, place.local_size)))
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    if tensor_parallel > 1:
+        # Every rank of a group computes the gradients of convolutions, and cuDNN's may differ in the last bit.
+        torch.backends.cudnn.deterministic = True
     topology = Topology(tensor_parallel, device.type)
     return World(place.rank, place.size, place.local_rank, place.local_size, device, topology)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megad2v.engine.fragments import ZeroState, local_range, write_slice, zero_state
 from megad2v.engine.gradients import Judge, StepGate, both_finite
+from megad2v.engine.traces import TraceCache
 from megad2v.errors import UserError
 from megad2v.models.block import Block
 from megad2v.models.initialise import initial_value, initialisers
@@ -174,6 +175,7 @@ class TrainingEngine:
         self.accumulation: int = ds["gradient_accumulation_steps"]
         self.data_parallel: int = self.deepspeed.dp_world_size
         self._gate = StepGate(self.deepspeed, device)
+        self._traces = TraceCache(self.deepspeed) if zero3 else None
         self._managed: bool = ds.get("managed_gradient_accumulation", True)
 
     def _teacher_engine(self, teacher: nn.Module, ds: dict[str, Any]) -> nn.Module:
@@ -196,6 +198,8 @@ class TrainingEngine:
         self, inputs: Tensor, mask_bmt: Tensor, padding_bt: Tensor | None, run: Collection[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One micro-batch through student and teacher; see `Student.forward`. Collective under ZeRO-3."""
+        if self._traces is not None:
+            self._traces.before((self.deepspeed.training, None if run is None else tuple(run)))
         return self.deepspeed(inputs, mask_bmt, self.teacher, padding_bt, run)
 
     def backward(self, loss_sum: Tensor, count: int) -> None:

@@ -17,7 +17,7 @@ class Batch:
 
     modality: str
     inputs: torch.Tensor
-    """vision: uint8 (B, C, H, W)."""
+    """vision: uint8 (B, C, H, W); speech: float32 (B, samples), 16 kHz."""
     mask_bmt: torch.Tensor
     """bool (B, M, T): True where the student's view is hidden."""
     padding_bt: torch.Tensor | None = None
@@ -52,3 +52,12 @@ class Batch:
     def masked_count(self) -> int:
         """Masked positions over all rows and masks: what the loss is divided by once summed over the step."""
         return int(self.mask_bmt.sum())
+
+    def position_counts(self) -> tuple[int, int]:
+        """Positions of the real rows, and the sum over these rows of their squares (what attention costs). Padding and
+        the row of zeros do not count."""
+        rows, positions = len(self.sample_ids), self.mask_bmt.shape[2]
+        if self.padding_bt is None or not rows:
+            return rows * positions, rows * positions**2
+        real_b = (~self.padding_bt).sum(dim=1)
+        return int(real_b.sum()), int(real_b.square().sum())

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from megad2v.config.schema import Config
+from megad2v.modalities.speech.front_end import SpeechFrontEnd
+from megad2v.modalities.speech.geometry import SAMPLE_RATE, frame_count, samples_needed
+from megad2v.modalities.speech.positions import ConvPositions
 from megad2v.modalities.vision.front_end import VisionFrontEnd
 from megad2v.models.data2vec import ObjectiveSpec, Student, Teacher
 from megad2v.models.encoder import Encoder
@@ -19,12 +23,27 @@ def _vision(config: Config) -> nn.Module:
     return VisionFrontEnd(config.vision, config.model.width, INIT_SCHEMES[config.model.init])
 
 
-FRONT_ENDS: dict[str, Callable[[Config], nn.Module]] = {"vision": _vision}
+def _speech(config: Config) -> nn.Module:
+    return SpeechFrontEnd(config.speech, config.model.width, config.model.norm_eps, INIT_SCHEMES[config.model.init])
+
+
+FRONT_ENDS: dict[str, Callable[[Config], nn.Module]] = {"vision": _vision, "speech": _speech}
 
 
 def positions(config: Config) -> int:
-    """T: maskable positions of one sample (patches of an image)."""
+    """T: maskable positions of one sample (patches of an image), the most where samples differ (frames of a crop)."""
+    if config.modality == "speech":
+        return frame_count(int(config.speech.max_seconds * SAMPLE_RATE), config.speech.conv_layers)
     return (config.vision.image_size // config.vision.patch_size) ** 2
+
+
+def blank_inputs(config: Config, count: int) -> Tensor:
+    """Zeros as the front end takes them, one sample of `count` positions (images have the configured size).
+    float32: (1, C, H, W) or (1, S)."""
+    if config.modality == "speech":
+        return torch.zeros(1, samples_needed(count, config.speech.conv_layers))
+    vision = config.vision
+    return torch.zeros(1, vision.channels, vision.image_size, vision.image_size)
 
 
 def _grid(config: Config) -> int | None:
@@ -50,6 +69,7 @@ def build_encoder(config: Config, layers: Layers | None = None) -> Encoder:
         weight=INIT_SCHEMES[model.init].encoder,
         deep_norm=model.deep_norm,
         grid=_grid(config) if model.relative_bias else None,
+        positions=ConvPositions(config.speech, model.width) if config.modality == "speech" else None,
         layers=layers,
     )
 

@@ -1,12 +1,17 @@
-"""What every modality's worker side gives to the loader: one prepared sample, or the reason why there is none."""
+"""What every modality's worker side gives to the loader: prepared samples, or the reason why there is none."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from megad2v.modalities.batch import Batch
+
+Mode = Literal["train", "valid", "probe"]
+"""train: augmented and masked anew each epoch; valid: centre crop, one fixed mask; probe: centre crop, no mask."""
+
+Prepared = TypeVar("Prepared")
 
 
 class BadSample(Exception):
@@ -14,7 +19,7 @@ class BadSample(Exception):
 
 
 class Sample(NamedTuple):
-    """One sample, ready to be stacked into a Batch."""
+    """One sample, ready to be stacked into a Batch: where all samples have one shape."""
 
     inputs: torch.Tensor
     """vision: uint8 (C, H, W)."""
@@ -24,15 +29,16 @@ class Sample(NamedTuple):
     """Hex hash of inputs and mask."""
 
 
-class Transform(Protocol):
-    """Worker side of a modality. Everything random is a pure function of (seed, epoch, sample id)."""
+class Transform(Protocol[Prepared]):
+    """Worker side of a modality. Everything random is a pure function of (seed, epoch, sample id), and of nothing else
+    but the length that the samples of a micro-batch share."""
 
-    def __call__(self, data: bytes, sample_id: str, epoch: int) -> Sample:
-        """Decode, augment and mask one sample. Raises BadSample."""
+    def __call__(self, data: bytes, sample_id: str, epoch: int) -> Prepared:
+        """Decode and augment one sample, and mask it where its length is known by now. Raises BadSample."""
         ...
 
     def collate(
-        self, samples: list[Sample], sample_ids: list[str], labels: list[int], dropped: list[tuple[str, str]]
+        self, samples: list[Prepared], sample_ids: list[str], labels: list[int], dropped: list[tuple[str, str]]
     ) -> Batch:
         """The micro-batch of these samples; the row of zeros when there are none."""
         ...

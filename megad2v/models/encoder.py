@@ -119,7 +119,9 @@ class Encoder(nn.Module):
         bias = self._logit_bias(x_btd, padding_bt, hidden_tt, extra)
         if self.positions is not None:
             if padding_bt is not None:
-                x_btd = x_btd.masked_fill(padding_bt.unsqueeze(-1), 0)  # spec 1.4, step 1
+                # Once, as fairseq and Hugging Face do: what padding holds does not matter, that it follows still does,
+                # since of several convolutions the second sees what the first made of the zeros.
+                x_btd = x_btd.masked_fill(padding_bt.unsqueeze(-1), 0)
             x_btd = x_btd + self.positions(x_btd)
         x_btd = self.layers.split_sequence(F.pad(x_btd, (0, 0, 0, extra)) if extra else x_btd)
         if not self.pre_norm:

@@ -42,11 +42,16 @@ def truncated_normal(std: float, mean: float = 0.0, low: float = -2.0, high: flo
 
 
 def torch_default(fan_in: int) -> Initialiser:
-    """What nn.Linear and nn.Conv2d start from, weight and bias alike: uniform within +-1/sqrt(fan_in)."""
+    """What nn.Linear and torch's convolutions start from, weight and bias alike: uniform within +-1/sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)
+    return uniform(-bound, bound)
+
+
+def uniform(low: float, high: float) -> Initialiser:
+    """Uniform in [low, high)."""
 
     def initialise(value: Tensor, generator: torch.Generator) -> None:
-        value.uniform_(-bound, bound, generator=generator)
+        value.uniform_(low, high, generator=generator)
 
     return initialise
 
@@ -78,6 +83,11 @@ def normal(std: float) -> Initialiser:
         value.normal_(0.0, std, generator=generator)
 
     return initialise
+
+
+def kaiming_normal(fan_in: int) -> Initialiser:
+    """Normal(0, sqrt(2 / fan_in)), which keeps the variance through a ReLU (arXiv:1502.01852)."""
+    return normal(math.sqrt(2.0 / fan_in))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,33 @@ class QKVLinear(nn.Module):
         return tuple(qkv.permute(3, 0, 2, 1, 4))
 
 
+class Conv1d(nn.Module):
+    """Convolution over time; never split over tensor-parallel ranks."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        weight: Initialiser,
+        bias: Initialiser | None,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding, self.groups = stride, padding, groups
+        self.weight = nn.Parameter(torch.empty(outputs, inputs // groups, kernel))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias is not None else None
+        self.initialisers = {"weight": weight, "bias": bias}
+
+    def forward(self, x_bct: Tensor) -> Tensor:
+        """(B, in, T) -> (B, out, floor((T + 2 padding - kernel) / stride) + 1), in the weight's dtype."""
+        x_bct = x_bct.to(self.weight.dtype)
+        return F.conv1d(x_bct, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+
 Share = Callable[..., tuple[Tensor, ...]]
 """How a layer that is not split uses its parameters: as they are (`unshared`), or, where each rank sees another part of
 the sequence, through a function that sums their gradients over those ranks."""

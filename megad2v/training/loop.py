@@ -111,7 +111,13 @@ def train(run: Run) -> None:
         progress.skipped += not taken
         run.records.consumed(progress.step, batches)
         _count_samples(run, counts)
-        run.throughput.add(counts.samples, step_seconds=time.perf_counter() - started, data_seconds=waited)
+        run.throughput.add(
+            counts.samples,
+            counts.positions,
+            counts.squares,
+            step_seconds=time.perf_counter() - started,
+            data_seconds=waited,
+        )
 
         halt = None if taken else _refuse(run, verdict, batches, losses)
         if statistics is not None:

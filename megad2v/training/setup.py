@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ from megad2v.errors import UserError
 from megad2v.metrics.flops import flops_per_sample, peak_flops
 from megad2v.metrics.logger import MetricsLogger, drop_later_lines
 from megad2v.metrics.report import memory_estimate, start_up_report
-from megad2v.metrics.throughput import Throughput
+from megad2v.metrics.throughput import SampleFlops, Throughput
 from megad2v.modalities.build import build_student, build_teacher, positions
 from megad2v.parallel.layers import layers_for
 from megad2v.teacher.ema import ShardedTeacher
@@ -81,8 +82,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
         loader=loader,
         valid=valid,
         throughput=Throughput(
-            tokens_per_sample=positions(config),
-            flops_per_sample=flops_per_sample(config),
+            flops=SampleFlops(partial(flops_per_sample, config), positions(config)),
             peak_flops=peak * world.size if peak else None,
         ),
         records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),
@@ -117,6 +117,7 @@ def _report(run: Run, ds: dict[str, Any], *, precision: str, recipe: str, peak: 
         run=run.directory,
         peak=peak,
     )
+    lines += run.loader.remarks + (run.valid.remarks if run.valid is not None else [])
     if resident and engine.state.stage < 3:
         lines.append("teacher.resident: below ZeRO-3 the teacher's weights are whole anyway; it changes nothing")
     if zero_stage(ds) == 0:

@@ -168,6 +168,8 @@ READ_ERRORS = (UserError, OSError, SafetensorError)
 
 SAME_STREAM = ("train.seed", "train.micro_batches_per_step", "data.micro_batch", "data.window")
 """Keys that a resumed run must share: the loader's state is a step number, whose samples these decide."""
+SAME_LENGTHS = ("data.bucket_ratio", "speech.min_seconds", "speech.max_seconds")
+"""The same for speech, whose micro-batches follow from lengths."""
 
 
 def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
@@ -183,7 +185,7 @@ def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
                 "another train.output_dir (and train.init to start from these weights)"
             )
     now = asdict(config)
-    for key in SAME_STREAM:
+    for key in SAME_STREAM + (SAME_LENGTHS if config.modality == "speech" else ()):
         section, leaf = key.split(".")
         then = checkpoint.index.config[section][leaf]
         if then != now[section][leaf]:

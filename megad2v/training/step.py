@@ -28,16 +28,21 @@ class StepCounts:
     masked: int
     samples: int
     dropped: int
+    positions: int
+    """Of all samples, without padding."""
+    squares: int
+    """Sum over samples of their positions squared."""
 
 
 def count_step(
     batches: Sequence[Batch], world: World, agree: Callable[[Sequence[int]], list[int]] | None = None
 ) -> StepCounts:
-    """The step's masked positions, samples and dropped samples over all data-parallel ranks: three integers, summed by
-    `agree` along with what the guard compares, or without one in an all-reduce on the device."""
-    counts = torch.zeros(3, dtype=torch.int64)
+    """The step's counts over all data-parallel ranks: five integers, summed by `agree` along with what the guard
+    compares, or without one in an all-reduce on the device."""
+    counts = torch.zeros(5, dtype=torch.int64)
     for batch in batches:
-        counts += torch.tensor([batch.masked_count(), len(batch.sample_ids), len(batch.dropped)])
+        own = (batch.masked_count(), len(batch.sample_ids), len(batch.dropped), *batch.position_counts())
+        counts += torch.tensor(own)
     if agree is not None:
         return StepCounts(*agree(counts.tolist()))
     return StepCounts(*sum_over(world.data, counts.to(world.device)).tolist())

@@ -20,8 +20,9 @@ from megad2v.convert.hf import check_output, export, written_aside
 from megad2v.convert.load import checkpoint_config, load_encoder, open_checkpoint
 from megad2v.errors import UserError
 from megad2v.modalities.build import build_student
+from megad2v.modalities.speech import hf_keys as speech_keys
 from megad2v.modalities.vision import hf_keys
-from tests.checkpoints import small_config, small_state, write_small_checkpoint
+from tests.checkpoints import small_config, small_speech_config, small_state, write_small_checkpoint
 from tests.tolerances import HUGGING_FACE
 from tools import convert_checkpoint
 
@@ -128,6 +129,59 @@ def test_certificate_and_card(run: Path, tmp_path: Path) -> None:
         assert words in card, words
     assert "99.0" not in card  # a later step's
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_speech(weights: str, tmp_path: Path) -> None:
+    """Of a speech run: a certified folder whose card, extractor and fine-tuning class work without a network."""
+    config = small_speech_config()
+    state = small_state(config)
+    write_small_checkpoint(tmp_path / "run", config, state)
+    arguments = ("--checkpoint", tmp_path / "run", "--to", "hf", "--output", tmp_path / "hf", "--weights", weights)
+    assert convert(*arguments) == 0
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == FILES
+    parity = json.loads((tmp_path / "hf" / "parity.json").read_text())
+    assert parity["max_abs"] < HUGGING_FACE and parity["relative_float64"] < 1e-12
+    assert "27 with padding behind" in parity["input"]
+    expected = build_student(config).eval()
+    expected.load_state_dict(state["student"] | (state["teacher"] if weights == "teacher" else {}), strict=True)
+    waveform = torch.randn(1, 500, generator=torch.Generator().manual_seed(0))
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf", local_files_only=True)
+    inputs = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf", local_files_only=True).eval()(**inputs)
+        difference = expected.features(inputs["input_values"]) - theirs.last_hidden_state
+    assert difference.abs().max() < HUGGING_FACE
+    model, info = transformers.AutoModelForCTC.from_pretrained(
+        tmp_path / "hf", vocab_size=31, local_files_only=True, output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {"lm_head.weight", "lm_head.bias"} and not info["unexpected_keys"]
+    assert model(**inputs).logits.shape[2] == 31
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for words in ("pipeline_tag: feature-extraction", "- data2vec-audio", "data2vec speech encoder", "AutoModelForCTC"):
+        assert words in card, words
+    assert '"conv_layers"' in card and '"patch_size"' not in card and '"jitter"' not in card
+
+
+def test_any_wrong_speech_parameter_fails_the_certificate(tmp_path: Path) -> None:
+    """One element of any parameter, off by little; only what a key's bias adds to all logits alike may differ."""
+    config = small_speech_config()
+    write_small_checkpoint(tmp_path / "run", config, small_state(config))
+    student = load_encoder(open_checkpoint(tmp_path / "run"), "student")
+    parameters = dict(student.named_parameters())
+    kinds = [name for name in parameters if not name.startswith(("head.", "encoder.blocks"))]
+    kinds += [name for name in parameters if name.startswith("encoder.blocks.1.")]
+    assert len(kinds) == 1 + 3 * 3 + 2 + 2 + 2 * 2 + 2 + 12
+    (tmp_path / "config.json").write_text(json.dumps(speech_keys.model_config(config)))
+    for name in [None, *kinds]:
+        damaged = {**parameters}
+        if name is not None:
+            damaged[name] = parameters[name].clone()
+            damaged[name].view(-1)[parameters[name].numel() - 1] += 1e-3
+        state = speech_keys.to_hugging_face(damaged, config)
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CertificateError, match="differs from ours") if name is not None else nullcontext():
+            certify(tmp_path, student, speech_keys, config)
 
 
 def test_fine_tuning_class_lacks_only_its_classifier(run: Path, tmp_path: Path) -> None:

@@ -6,24 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from megad2v.config.schema import Config
-from megad2v.training.layer_drop import kept_blocks
+from tests.distributed import layouts
 from tests.distributed.layouts import Layout, tiny_config
-
-RATE = 0.4
 
 
 def config_with_drop(steps: int) -> Config:
     """Three blocks, so that some steps keep all, some none, and some a part."""
     config = tiny_config(steps=steps)
-    return replace(config, model=replace(config.model, depth=3, layer_drop=RATE))
+    return replace(config, model=replace(config.model, depth=3, layer_drop=0.4))
 
 
 def kept_in(step: int) -> tuple[int, ...]:
     """As the trainer draws them."""
-    kept = kept_blocks(1, step, depth=3, rate=RATE)
+    kept = layouts.kept_in(config_with_drop(step + 1), step)
     assert kept is not None
     return kept
 
@@ -50,6 +49,32 @@ def all_dropped(arguments: dict[str, Any], output: Path) -> list[float]:
         trainer.step(step, None, kept)
         norms.append(trainer.engine.gradient_norm())
     return norms
+
+
+def gathers(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
+    """ZeRO-3, speech, nothing persistent and nothing gathered ahead: number and bytes of the all-gathers that this rank
+    takes part in during a step, one after the other for the blocks in `arguments["kept"]`; and a block's bytes.
+    A step whose blocks are None is validation."""
+    from tests.distributed.jobs_layout import CountCollectives, build, start
+    from tests.distributed.layouts import micro_batch
+
+    layout = Layout("zero3", 2, persistence=0, modality="speech")
+    trainer = build(start(), tiny_config(micro_batches=2, modality="speech"), layout, prefetch=0)
+    engine, steps = trainer.engine, []
+    for step, kept in enumerate(arguments["kept"]):
+        with CountCollectives() as sent:
+            if kept is None:
+                engine.deepspeed.eval()
+                batch = micro_batch(step, trainer.world.rank, "speech")
+                with torch.no_grad():
+                    engine.forward(batch.inputs, batch.mask_bmt, batch.padding_bt)
+                engine.deepspeed.train()
+            else:
+                trainer.step(step, None, tuple(kept))
+        sizes = [size for name, size in sent.calls if "allgather" in name]
+        steps.append((len(sizes), sum(sizes)))
+    padded = sum(2 * p.ds_tensor.ds_numel for p in engine.student.encoder.blocks[0].parameters())
+    return {"steps": steps, "block": 4 * padded}
 
 
 def _train(layout: Layout, world: Any, steps: int, output: Path) -> dict[str, Any]:

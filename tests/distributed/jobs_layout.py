@@ -54,7 +54,7 @@ class Trainer:
 
         world, config = self.world, self.config
         places = range(world.data.rank, config.train.micro_batches_per_step, world.data.size)
-        batches = [micro_batch(step, m) for m in places]
+        batches = [micro_batch(step, m, config.modality) for m in places]
         proposal = propose(batches, kind="training", step=step, updates=step, depth=config.model.depth, blocks=blocks)
         counts = count_step(batches, world, lambda own: self.guard.agree(proposal, own))
         _, decay = rates_at(config, step)
@@ -86,8 +86,8 @@ def start() -> Any:
     return world
 
 
-def build(world: Any, config: Any, layout: Layout) -> Trainer:
-    """`config` trained on `layout`. Collective."""
+def build(world: Any, config: Any, layout: Layout, *, prefetch: int | None = None) -> Trainer:
+    """`config` trained on `layout`; `prefetch` is ZeRO-3's bucket in elements. Collective."""
     from megad2v.teacher.ema import ShardedTeacher
     from megad2v.training.setup import build_engine
     from tests.distributed.layouts import deepspeed_config
@@ -97,9 +97,14 @@ def build(world: Any, config: Any, layout: Layout) -> Trainer:
     if layout.tensor > 1:
         world = replace(world, topology=Topology(layout.tensor, "cpu"))
     config = layout.apply(config)
-    ds = deepspeed_config(config, layout.zero, world.data.size, layout.persistence, layout.precision)
+    ds = deepspeed_config(config, layout.zero, world.data.size, layout.persistence, layout.precision, prefetch)
     engine = build_engine(config, ds, world)
-    return Trainer(world, config, engine, ShardedTeacher(engine))
+    return Trainer(world, config, engine, ShardedTeacher(engine, copied=copied_parameters(config)))
+
+
+def copied_parameters(config: Any) -> tuple[str, ...]:
+    """How the names begin of what the teacher copies."""
+    return tuple(f"encoder.{part}." for part in config.teacher.copied)
 
 
 def gathered(engine: Any, module: torch.nn.Module, axis: Axis | None = None) -> dict[str, torch.Tensor]:
@@ -139,9 +144,9 @@ def _curve(world: Any, layout: Layout, steps: int, output: Path) -> dict[str, An
 
     from megad2v.engine.distributed import sum_over
     from megad2v.metrics.statistics import StepStatistics
-    from tests.distributed.layouts import tiny_config
+    from tests.distributed.layouts import kept_in, tiny_config
 
-    trainer = build(world, tiny_config(steps=steps), layout)
+    trainer = build(world, tiny_config(steps=steps, modality=layout.modality), layout)
     world, config, engine, axis = trainer.world, trainer.config, trainer.engine, trainer.world.tensor
     gradients: dict[str, torch.Tensor] = {}
     take = engine.deepspeed._take_model_step
@@ -156,7 +161,7 @@ def _curve(world: Any, layout: Layout, steps: int, output: Path) -> dict[str, An
     losses, norms, counts = [], [], []
     for step in range(steps):
         statistics = StepStatistics(config.model.width, world.device)
-        counts.append(trainer.step(step, statistics))
+        counts.append(trainer.step(step, statistics, kept_in(config, step)))
         sum_over(world.data, statistics.sums)
         losses.append(statistics.read()["loss"])
         norms.append(engine.gradient_norm())
@@ -198,9 +203,10 @@ def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
     """
     from megad2v.modalities.build import build_teacher
     from megad2v.training.schedules import rates_at
-    from tests.distributed.layouts import micro_batch, tiny_config
+    from tests.distributed.layouts import kept_in, micro_batch, tiny_config
 
-    trainer = build(world, tiny_config(micro_batches=layout.data, steps=steps, scope=layout.scope), layout)
+    config = tiny_config(micro_batches=layout.data, steps=steps, scope=layout.scope, modality=layout.modality)
+    trainer = build(world, config, layout)
     world, config, engine, teacher = trainer.world, trainer.config, trainer.engine, trainer.teacher
     axis = world.tensor
     full = {n: p.double() for n, p in gathered(engine, engine.student, axis).items()}
@@ -209,22 +215,28 @@ def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
     plain = build_teacher(config)
     target_error = 0.0
     for step in range(steps):
-        trainer.step(step)
+        trainer.step(step, blocks=kept_in(config, step))
         _, decay = rates_at(config, step)
         now = gathered(engine, engine.student, axis)
         for name in names:
-            average[name].mul_(decay).add_(now[name].double(), alpha=1 - decay)
+            if name.startswith(copied_parameters(config)):
+                average[name].copy_(now[name])
+            else:
+                average[name].mul_(decay).add_(now[name].double(), alpha=1 - decay)
         if step % 100 == 99 or step < 3:
             plain.load_state_dict({n: v.float() for n, v in average.items()}, strict=False)
-            probe = micro_batch(step, 0)
+            inputs = micro_batch(step, 0, config.modality).inputs[:2]
             view = torch.randn(2, 10, config.model.width, generator=torch.Generator().manual_seed(step))
-            pixels = probe.inputs[:2]
-            seen, expected = engine.teacher(pixels, view, None), plain(pixels, view, None)
+            seen, expected = engine.teacher(inputs, view, None), plain(inputs, view, None)
             target_error = max(target_error, float((seen - expected).norm() / expected.norm()))
-    shard_error, covered = 0.0, 0
+    shard_error, covered, copied_numel, copied_differ = 0.0, 0, 0, 0
     for fragment, shard in zip(teacher.fragments, teacher.averages, strict=True):
         truth = average[fragment.name].flatten()[fragment.start : fragment.start + fragment.length]
-        shard_error = max(shard_error, float((shard.double() - truth).norm() / truth.norm().clamp_min(1e-12)))
+        error = float((shard.double() - truth).norm() / truth.norm().clamp_min(1e-12))
+        shard_error = max(shard_error, error)
+        if fragment.name.startswith(copied_parameters(config)):
+            copied_differ += int((shard != fragment.master).sum())
+            copied_numel += fragment.length
         covered += fragment.length * (fragment.split or axis.rank == 0)
     forward = gathered(engine, engine.teacher_module, axis)
     forward_error = max(float((forward[n].double() - average[n]).norm() / average[n].norm()) for n in names)
@@ -239,6 +251,8 @@ def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
         "update": update.calls,
         "refresh": refresh.calls,
         "covered": covered,
+        "copied_numel": copied_numel,
+        "copied_differ": copied_differ,
         "teacher_numel": sum(average[n].numel() for n in names),
         "own_numel": sum(getattr(p, "ds_numel", p.numel()) for p in engine.teacher_module.parameters()),
     }

@@ -17,11 +17,20 @@ def _small_vision(config: Config) -> dict[str, Any]:
     return {"vision__image_size": PATCHES_A_SIDE * config.vision.patch_size, "mask__min_block": 2}
 
 
-SMALL = {"vision": _small_vision}
+def _small_speech(config: Config) -> dict[str, Any]:
+    """20 samples a frame, a fraction of a second."""
+    return {
+        "speech__conv_layers": [[8, 10, 5], [8, 3, 2], [8, 2, 2]],
+        "speech__min_seconds": 0.05,
+        "speech__max_seconds": 0.4,
+    }
+
+
+SMALL = {"vision": _small_vision, "speech": _small_speech}
 """By modality, what makes its inputs small. A recipe of a new modality needs an entry here."""
 
 
-def small(recipe: str, ranks: int, shards: str, output: str) -> Config:
+def small(recipe: str, ranks: int, shards: dict[str, str], output: str) -> Config:
     """The recipe, everything but its size: 4 channels a head, as many blocks as are averaged, batches of 2. Warm-up,
     whose first learning rate would move no weight, is left out."""
     from megad2v.config.load import load_config
@@ -33,8 +42,8 @@ def small(recipe: str, ranks: int, shards: str, output: str) -> Config:
         model__depth=config.targets.layers,
         parallel__tensor=min(config.parallel.tensor, ranks),
         schedule__warmup_steps=0,
-        data__shards=shards,
-        data__micro_batch={"samples": 2},
+        data__shards=shards[config.modality],
+        data__micro_batch={"samples": 2, "seconds": None},
         data__workers=0,
         train__steps=1,
         train__micro_batches_per_step=ranks,

@@ -16,10 +16,12 @@ from megad2v.config.deepspeed_json import fill_deepspeed, read_deepspeed_json
 from megad2v.config.schema import (
     Config,
     DataConfig,
+    LossConfig,
     MicroBatchConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    SpeechConfig,
     TargetsConfig,
     TeacherConfig,
     TrainConfig,
@@ -27,12 +29,15 @@ from megad2v.config.schema import (
 )
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.build import build_student, build_teacher
+from megad2v.modalities.speech.geometry import frame_count, samples_needed
 from megad2v.models.initialise import initialise_
 from megad2v.teacher.schedule import decay_at
+from megad2v.training.layer_drop import kept_blocks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES, PIXELS, PATCH = 3, 24, 8
 GRID = PIXELS // PATCH
+CONV_LAYERS = ((16, 10, 5), (12, 3, 2), (16, 2, 2))
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Layout:
     persistence: int | None = None
     scope: str = "encoder"
     precision: str = "fp32"
+    modality: str = "vision"
 
     @property
     def ranks(self) -> int:
@@ -57,7 +63,8 @@ class Layout:
 
     def __str__(self) -> str:
         """Such as zero3_tp2_dp2_sequence."""
-        words = [self.zero, *([f"tp{self.tensor}"] if self.tensor > 1 else []), f"dp{self.data}"]
+        words = [] if self.modality == "vision" else [self.modality]
+        words += [self.zero, *([f"tp{self.tensor}"] if self.tensor > 1 else []), f"dp{self.data}"]
         words += [word for word in ("sequence", "resident", "compiled") if getattr(self, word)]
         words += [f"persist_{self.persistence}"] if self.persistence is not None else []
         words += [self.precision] if self.precision != "fp32" else []
@@ -73,9 +80,12 @@ class Layout:
         )
 
 
-def tiny_config(*, micro_batches: int = 4, decay: float = 0.9, steps: int = 20, scope: str = "encoder") -> Config:
-    """Two narrow blocks; layer scale 0.5 and Adam's eps 1e-6, so that gradients are not lost in rounding."""
-    return Config(
+def tiny_config(
+    *, micro_batches: int = 4, decay: float = 0.9, steps: int = 20, scope: str = "encoder", modality: str = "vision"
+) -> Config:
+    """Two narrow blocks; layer scale 0.5 and Adam's eps 1e-6, so that gradients are not lost in rounding. Speech: its
+    recipe's norms, targets and loss, copied positions, and three blocks with layer drop."""
+    config = Config(
         model=ModelConfig(width=24, depth=2, heads=4, layer_scale=0.5, head_layers=1),
         vision=VisionConfig(image_size=PIXELS, patch_size=PATCH),
         targets=TargetsConfig(layers=2),
@@ -84,9 +94,63 @@ def tiny_config(*, micro_batches: int = 4, decay: float = 0.9, steps: int = 20, 
         data=DataConfig(micro_batch=MicroBatchConfig(samples=SAMPLES)),
         train=TrainConfig(micro_batches_per_step=micro_batches, steps=steps),
     )
+    return config if modality == "vision" else _as_speech(config)
 
 
-def micro_batch(step: int, m: int) -> Batch:
+def _as_speech(config: Config) -> Config:
+    model = ModelConfig(
+        width=24,
+        depth=3,
+        heads=4,
+        norm="post",
+        layer_scale=None,
+        qkv_bias="full",
+        relative_bias=False,
+        head_layers=1,
+        layer_drop=0.3,
+    )
+    return replace(
+        config,
+        modality="speech",
+        model=model,
+        speech=SpeechConfig(conv_layers=CONV_LAYERS, position_depth=2, position_kernel=5, position_groups=4),
+        targets=TargetsConfig(layers=2, tensor="ffn", layer_norm="instance", average_norm="none", padding="include"),
+        loss=LossConfig(kind="mse"),
+        teacher=replace(config.teacher, copied=("positions",)),
+    )
+
+
+def kept_in(config: Config, step: int) -> tuple[int, ...] | None:
+    """Blocks of the student that run in a step, as the trainer draws them."""
+    return kept_blocks(config.train.seed, step, depth=config.model.depth, rate=config.model.layer_drop)
+
+
+def micro_batch(step: int, m: int, modality: str = "vision") -> Batch:
+    """A micro-batch of either modality, pure in (step, m)."""
+    return _waveforms(step, m) if modality == "speech" else _images(step, m)
+
+
+def _waveforms(step: int, m: int) -> Batch:
+    """Waveforms whose length differs between micro-batches, some with padding; counts of hidden frames differ too."""
+    generator = torch.Generator().manual_seed(1000 * step + m)
+    frames = 9 + (3 * step + 5 * m) % 11
+    real = [frames - (row * (step + m)) % 4 for row in range(SAMPLES)]
+    waveforms = torch.randn(SAMPLES, samples_needed(frames, CONV_LAYERS) + m, generator=generator)
+    mask = torch.zeros(SAMPLES, 1, frame_count(waveforms.shape[1], CONV_LAYERS), dtype=torch.bool)
+    padding = torch.arange(mask.shape[2])[None] >= torch.tensor(real)[:, None]
+    for row, count in enumerate(real):
+        waveforms[row, samples_needed(count, CONV_LAYERS) :] = 0.0
+        mask[row, 0, torch.randperm(count, generator=generator)[: 1 + (step + 2 * m + row) % (count - 2)]] = True
+    return Batch(
+        "speech",
+        waveforms,
+        mask,
+        padding_bt=padding if padding.any() else None,
+        sample_ids=tuple(f"s{step}-{m}-{row}" for row in range(SAMPLES)),
+    )
+
+
+def _images(step: int, m: int) -> Batch:
     """Images and masks whose counts of hidden patches differ between micro-batches."""
     generator = torch.Generator().manual_seed(1000 * step + m)
     images = torch.randint(0, 256, (SAMPLES, 3, PIXELS, PIXELS), generator=generator, dtype=torch.uint8)
@@ -98,12 +162,19 @@ def micro_batch(step: int, m: int) -> Batch:
 
 
 def deepspeed_config(
-    config: Config, layout: str, world: int, persistence: int | None = None, precision: str = "fp32"
+    config: Config,
+    layout: str,
+    world: int,
+    persistence: int | None = None,
+    precision: str = "fp32",
+    prefetch: int | None = None,
 ) -> dict[str, Any]:
     """The filled JSON of ds_configs/`layout`.json."""
     ds = read_deepspeed_json(REPOSITORY / "ds_configs" / f"{layout}.json")
     if persistence is not None:
         ds["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
+    if prefetch is not None:
+        ds["zero_optimization"]["stage3_prefetch_bucket_size"] = prefetch
     return fill_deepspeed(ds, config, precision=precision, data_parallel=world)
 
 
@@ -112,13 +183,12 @@ def plain_run(
     steps: int,
     *,
     student: Any = None,
-    blocks: Callable[[int], tuple[int, ...] | None] = lambda step: None,
     prepare: Callable[[Any, int], None] = lambda student, step: None,
 ) -> dict[str, Any]:
     """Step-1 gradients (before clipping), loss and gradient norm per step, final student and teacher; float64.
 
-    `blocks` are the student's that a step runs (None: all); `prepare` is called before each step. What a step does not
-    use has a gradient of zeros: moments decay and weight decay goes on. One thread: the tensors have hundreds of
+    `prepare` is called before each step. What a step does not use (blocks that layer drop leaves out) has a gradient of
+    zeros: moments decay and weight decay goes on. One thread: the tensors have hundreds of
     elements, and threads would only wait for each other.
     """
     threads = torch.get_num_threads()
@@ -135,12 +205,12 @@ def plain_run(
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         prepare(student, step)
-        batches = [micro_batch(step, m) for m in range(config.train.micro_batches_per_step)]
+        batches = [micro_batch(step, m, config.modality) for m in range(config.train.micro_batches_per_step)]
+        run = kept_in(config, step)
         count = sum(batch.masked_count() for batch in batches)
         total = 0.0
         for batch in batches:
-            images = (batch.inputs.double() / 255 - 0.5) / 0.5
-            loss = _forward_double(student, images, batch.mask_bmt, teacher, blocks(step)) / count
+            loss = _forward_double(student, batch, teacher, run) / count
             loss.backward()
             total += float(loss.detach())
         if step == 0:
@@ -153,7 +223,9 @@ def plain_run(
         decay = decay_at(step + 1, start=t.decay_start, end=t.decay_end, steps=t.decay_steps)
         with torch.no_grad():
             for name, parameter in student.named_parameters():
-                if name in names:
+                if name.startswith(tuple(f"encoder.{part}." for part in t.copied)):
+                    names[name].copy_(parameter)
+                elif name in names:
                     names[name].mul_(decay).add_(parameter, alpha=1 - decay)
     torch.set_num_threads(threads)
     return {
@@ -165,20 +237,27 @@ def plain_run(
     }
 
 
-def _forward_double(
-    student: Any, images: torch.Tensor, mask: torch.Tensor, teacher: Any, run: Any = None
-) -> torch.Tensor:
+def _forward_double(student: Any, batch: Batch, teacher: Any, run: Any = None) -> torch.Tensor:
     """The objective in float64 throughout: the model's own forward casts targets and loss to float32."""
-    masked, clean = student.front_end(images, mask[:, 0])
+    functional, mask_bt, prefix = torch.nn.functional, batch.mask_bmt[:, 0], student.prefix_tokens
+    speech, padding_bt = batch.modality == "speech", batch.padding_bt
+    inputs = batch.inputs.double() if speech else (batch.inputs.double() / 255 - 0.5) / 0.5
+    masked, clean = student.front_end(inputs, mask_bt)
     with torch.no_grad():
         if teacher.front_end is not None:
-            clean = teacher.front_end(images, None)[1]
-        _, layers = teacher.encoder(clean.detach(), last=student.spec.layers, tensor=student.spec.tensor)
-        average = sum(layer[:, 1:] for layer in layers) / len(layers)
-        targets = torch.nn.functional.layer_norm(average, average.shape[-1:], eps=1e-5)
-    predictions = student.head(student.encoder(masked, run=run)[0][:, 1:][mask[:, 0]])
-    error = torch.nn.functional.smooth_l1_loss(predictions, targets[mask[:, 0]], beta=2.0, reduction="sum")
-    return error / images.new_tensor(predictions.shape[-1]).sqrt()
+            clean = teacher.front_end(inputs, None)[1]
+        _, layers = teacher.encoder(clean.detach(), padding_bt, last=student.spec.layers, tensor=student.spec.tensor)
+        if speech:  # over time, padding included
+            layers = [(x - x.mean(1, True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt() for x in layers]
+        targets = sum(layer[:, prefix:] for layer in layers) / len(layers)
+        if not speech:
+            targets = functional.layer_norm(targets, targets.shape[-1:], eps=1e-5)
+    predictions = student.head(student.encoder(masked, padding_bt, run=run)[0][:, prefix:][mask_bt])
+    if speech:
+        error = (predictions - targets[mask_bt]).square().sum()
+    else:
+        error = functional.smooth_l1_loss(predictions, targets[mask_bt], beta=2.0, reduction="sum")
+    return error / predictions.shape[-1] ** 0.5
 
 
 def with_steps(config: Config, steps: int) -> Config:

@@ -1,4 +1,4 @@
-"""Every recipe of the package trains: one update on real images through the package's own set-up and loop."""
+"""Every recipe of the package trains: one update on images or recordings through the package's own set-up and loop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from megad2v.config.load import load_config, recipes
 from tests.distributed.harness import run_ranks
 from tests.unit.data_helpers import write_shards
+from tests.unit.speech_helpers import write_speech
 
 RANKS = 2
 
@@ -18,7 +19,11 @@ RANKS = 2
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All recipes in one launch, at reduced size; by rank, then by recipe."""
     output = tmp_path_factory.mktemp("recipes")
-    arguments = {"recipes": sorted(recipes()), "shards": str(write_shards(output / "shards"))}
+    shards = {
+        "vision": str(write_shards(output / "images")),
+        "speech": str(write_speech(output / "speech", [1000, 2000, 3000, 9000] * 4)),
+    }
+    arguments = {"recipes": sorted(recipes()), "shards": shards}
     return run_ranks("tests.distributed.jobs_recipes:one_update", RANKS, arguments, timeout=200, output=output)
 
 

@@ -19,9 +19,10 @@ from PIL import Image, ImageEnhance
 from scipy.stats import chisquare, ks_2samp, kstest
 
 from megad2v.config.schema import AugmentConfig, Config, VisionConfig
+from megad2v.modalities.draws import generator
 from megad2v.modalities.vision import transforms
 from megad2v.modalities.vision.decode import Decoded, decoded, open_image, upright_rgb, upright_size
-from megad2v.modalities.vision.transforms import COLOUR, View, VisionTransform, draw_view, generator, random_box
+from megad2v.modalities.vision.transforms import COLOUR, View, VisionTransform, draw_view, random_box
 from tests.unit.data_helpers import config, encoded, jpeg, picture, turned
 
 CONFIG = config(None)

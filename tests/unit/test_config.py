@@ -219,7 +219,7 @@ def test_wrong_flags(flags: list[str], message: str) -> None:
         ("train: {steps: true}", "train.steps: Expected a int. Got value: True"),
         ("train: {tensorboard: 1}", "train.tensorboard: Expected a bool. Got value: 1"),
         ("data: {shards: [a, b]}", "data.shards: "),
-        ("data: {micro_batch: {tokens: 5}}", "data.micro_batch: give exactly one of"),
+        ("data: {micro_batch: {tokens: 5}}", "data.micro_batch: images are batched by samples"),
         ("model: 3", "model: expected keys and values in {path}, got 3"),
         ("model:\ntrain: {steps: 3}", "model: expected keys and values in {path}, got None"),
         ("- a", "--config {path}: expected sections such as model: or train:, got list"),

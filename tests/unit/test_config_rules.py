@@ -14,6 +14,7 @@ import pytest
 from megad2v.config import validate as validate_module
 from megad2v.config.schema import (
     Config,
+    MicroBatchConfig,
 )
 from megad2v.config.validate import validate
 from megad2v.errors import UserError
@@ -24,6 +25,20 @@ def broken(**sections: dict[str, Any]) -> Config:
     return dataclasses.replace(config, **{
         name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()
     })  # fmt: skip
+
+
+SECONDS = {"micro_batch": MicroBatchConfig(seconds=30.0)}
+
+
+def of_lengths(**sections: dict[str, Any]) -> Config:
+    """Speech in micro-batches of 30 s."""
+    sections = {"model": {"norm": "post", "relative_bias": False}, "data": SECONDS, **sections}
+    return dataclasses.replace(broken(**sections), modality="speech")
+
+
+def broken_speech(model: dict[str, Any] | None = None, **speech: Any) -> Config:
+    shape = {"norm": "post", "relative_bias": False, **(model or {})}
+    return dataclasses.replace(broken(model=shape, speech=speech), modality="speech")
 
 
 RULES: list[tuple[Config, str]] = [
@@ -48,6 +63,25 @@ RULES: list[tuple[Config, str]] = [
     (broken(vision={"image_size": 60}), "vision.image_size: 60 is not a multiple of vision.patch_size 8"),
     (broken(vision={"patch_size": 0}), "vision.image_size: 64 is not a multiple of vision.patch_size 0"),
     (broken(vision={"channels": 1}), "vision.channels: images are decoded to RGB, so 3, got 1"),
+    (
+        broken_speech(conv_layers=()),
+        "speech.conv_layers: expected at least one (channels, kernel, stride), every n",
+    ),
+    (
+        broken_speech(conv_layers=((512, 10, 0),)),
+        "speech.conv_layers: expected at least one (channels, kernel, st",
+    ),
+    (
+        broken_speech(conv_layers=((8, 10, 5), (8, 2, 3))),
+        "speech.conv_layers: (8, 2, 3) passes over 1 of every 3",
+    ),
+    (broken_speech(position_depth=0), "speech.position_depth and speech.position_kernel must be at least 1"),
+    (broken_speech(position_groups=7), "speech.position_groups: 7 does not divide model.width 192"),
+    (broken_speech(position_groups=0), "speech.position_groups: 0 does not divide model.width 192"),
+    (
+        broken_speech(model={"relative_bias": True}),
+        "model.relative_bias: is a table over a grid of patches; speech",
+    ),
     (broken(model={"mlp_ratio": 0.0}), "model.mlp_ratio: expected more than 0, got 0.0"),
     (broken(model={"norm_eps": -1e-6}), "model.norm_eps: expected more than 0, got -1e-06"),
     (broken(vision={"std": (0.5, 0.0, 0.5)}), "vision.std: pixels are divided by it, so every value must be above 0"),
@@ -98,15 +132,31 @@ RULES: list[tuple[Config, str]] = [
     *[
         (broken(data={"micro_batch": dataclasses.replace(Config().data.micro_batch, **budget)}), message)
         for budget, message in (
-            ({"samples": None}, "data.micro_batch: give exactly one of samples, tokens, seconds; got none"),
-            (
-                {"tokens": 5},
-                "data.micro_batch: give exactly one of samples, tokens, seconds; got ['samples',",
-            ),
-            ({"samples": None, "seconds": 9.0}, "data.micro_batch.seconds: images are batched by samples"),
+            ({"samples": None}, "data.micro_batch: images are batched by samples: give one, the others null; got none"),
+            ({"tokens": 5}, "data.micro_batch: images are batched by samples: give one, the others null; got samples,"),
+            ({"samples": None, "seconds": 9.0}, "data.micro_batch: images are batched by samples: give one, the"),
             ({"samples": 0}, "data.micro_batch.samples: expected at least 1"),
         )
     ],
+    (
+        of_lengths(data=SECONDS | {"micro_batch": MicroBatchConfig(tokens=9)}),
+        "data.micro_batch: recordings are batched b",
+    ),
+    (of_lengths(data=SECONDS | {"bucket_ratio": 1.0}), "data.bucket_ratio: longest over shortest of a bucket, more th"),
+    (
+        of_lengths(speech={"min_seconds": 3.0, "max_seconds": 2.0}),
+        "speech.min_seconds and max_seconds: expected 0 < min",
+    ),
+    (
+        of_lengths(speech={"min_seconds": 0.0}),
+        "speech.min_seconds and max_seconds: expected 0 < min <= max, got 0 and 20",
+    ),
+    (
+        of_lengths(speech={"max_seconds": 31.0}),
+        "data.micro_batch.seconds: 30 cannot hold one recording of speech.max_s",
+    ),
+    (of_lengths(mask={"span": 0}), "mask.span must be at least 1 and mask.min_spans at least 0, got 0 and 1"),
+    (of_lengths(mask={"min_spans": -1}), "mask.span must be at least 1 and mask.min_spans at least 0, got 10 and -1"),
 ]
 
 
@@ -149,3 +199,8 @@ def test_good_configurations_pass() -> None:
     validate(broken(optimizer={"betas": (0.0, 0.0), "weight_decay": 0.0}, mask={"min_block": 4, "max_block": 4}))
     validate(broken(teacher={"decay_steps": 0}, schedule={"final_scale": 0.0}, data={"max_bad_fraction": 1.0}))
     validate(broken(data={"max_bad_fraction": 0.0}))
+    validate(of_lengths(speech={"min_seconds": 30.0, "max_seconds": 30.0}, mask={"span": 1, "min_spans": 0}))
+    validate(of_lengths(data={"micro_batch": MicroBatchConfig(samples=1)}))
+    # A modality's rules are its own.
+    validate(broken(speech={"position_groups": 7}))
+    validate(dataclasses.replace(broken_speech(), vision=dataclasses.replace(Config().vision, image_size=60)))

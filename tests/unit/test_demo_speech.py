@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megad2v.modalities.draws import generator
 from megad2v.modalities.speech.language import LEXICON, VOWELS, sounds_of
 from megad2v.modalities.speech.synthetic import SPEAKERS, _pitch, _synthesise, _tracks, demo_clip, demo_text
-from megad2v.modalities.vision.transforms import generator
 from tests.unit.test_make_shards import files, make_demo_data, make_shards
 
 VOICE = SPEAKERS["boris"]

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megad2v.config.load import load_config, recipes
-from megad2v.config.schema import Config, ModelConfig, TargetsConfig, VisionConfig
+from megad2v.config.schema import Config, ModelConfig, TargetsConfig, TeacherConfig, VisionConfig
 from megad2v.metrics.flops import flops_per_sample
-from megad2v.metrics.throughput import Throughput
+from megad2v.metrics.throughput import SampleFlops, Throughput
 from megad2v.modalities.build import build_student, build_teacher, positions
+from megad2v.modalities.speech.geometry import samples_needed
 
 
-def by_hand(config: Config) -> float:
-    """2 per multiplication and addition; student forward and backward are three forwards, the teacher's is one more.
+def by_hand(config: Config, count: int) -> float:
+    """2 per multiplication and addition; student forward and backward are three forwards, the teacher's is one more,
+    without a front end that it shares.
 
     Norms, softmax and biases are left out: they are what the tolerance is for.
     """
-    d, t = config.model.width, positions(config) + 1
+    d, speech = config.model.width, config.speech
+    if config.modality == "speech":
+        t, front, inputs, samples = count, 0, 1, samples_needed(count, speech.conv_layers)
+        for channels, kernel, stride in speech.conv_layers:
+            samples = (samples - kernel) // stride + 1
+            front += 2 * samples * channels * inputs * kernel
+            inputs = channels
+        front += 2 * count * inputs * d
+        added = speech.position_depth * 2 * count * d * (d // speech.position_groups) * speech.position_kernel
+    else:
+        t, added = count + 1, 0
+        front = 2 * count * d * config.vision.channels * config.vision.patch_size**2
     projections = 2 * t * d * (3 * d + d + 2 * config.model.mlp_ratio * d)
     scores = 2 * (2 * t * t * d)
-    patches = 2 * positions(config) * d * config.vision.channels * config.vision.patch_size**2
-    return 4 * (patches + config.model.depth * (projections + scores))
+    own_front_end = config.teacher.scope == "model"
+    return (4 if own_front_end else 3) * front + 4 * (added + config.model.depth * (projections + scores))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +55,20 @@ def by_hand(config: Config) -> float:
     ids=["defaults", "224 pixels", "attention outweighs projections"],
 )
 def test_flops(config: Config) -> None:
-    assert flops_per_sample(config) == pytest.approx(by_hand(config), rel=0.01)
+    count = positions(config)
+    assert flops_per_sample(config, count) == pytest.approx(by_hand(config, count), rel=0.01)
+
+
+@pytest.mark.parametrize("scope", ["encoder", "model"])
+@pytest.mark.parametrize("frames", [49, 200])
+def test_flops_of_speech(frames: int, scope: str) -> None:
+    """Convolutions included, of which the teacher may share the front end's."""
+    config = Config(
+        modality="speech",
+        model=ModelConfig(width=192, depth=4, heads=3, norm="post", relative_bias=False),
+        teacher=TeacherConfig(scope=scope),
+    )
+    assert flops_per_sample(config, frames) == pytest.approx(by_hand(config, frames), rel=0.001)
 
 
 @pytest.mark.parametrize("recipe", sorted(recipes()))
@@ -53,17 +80,40 @@ def test_recipe_builds_without_memory(recipe: str) -> None:
     for name, parameter in teacher.named_parameters():
         assert parameter.shape == shapes[name], name
     assert all(parameter.is_meta for parameter in student.parameters())
-    assert flops_per_sample(config) == pytest.approx(by_hand(config), rel=0.01)
+    count = positions(config)
+    assert flops_per_sample(config, count) == pytest.approx(by_hand(config, count), rel=0.01)
 
 
 def test_throughput_is_a_mean_since_it_was_read() -> None:
-    meter = Throughput(tokens_per_sample=64, flops_per_sample=1e6, peak_flops=4e7)
-    meter.add(10, step_seconds=0.5, data_seconds=0.1)
-    meter.add(20, step_seconds=1.5, data_seconds=0.3)
+    def flops(samples: int, positions: int, squares: int) -> float:
+        return 1e6 * samples + 0 * positions + 0 * squares
+
+    meter = Throughput(flops=flops, peak_flops=4e7)
+    meter.add(10, 640, 10 * 64**2, step_seconds=0.5, data_seconds=0.1)
+    meter.add(20, 1280, 20 * 64**2, step_seconds=1.5, data_seconds=0.3)
     expected = {"step_seconds": 1.0, "data_seconds": 0.2, "tokens_per_second": 15 * 64, "mfu": 15e6 / 4e7}
     assert meter.read() == pytest.approx(expected)
-    meter.add(8, step_seconds=1.0, data_seconds=0.0)
-    assert meter.read()["tokens_per_second"] == pytest.approx(8 * 64)
-    unknown = Throughput(tokens_per_sample=1, flops_per_sample=1.0, peak_flops=None)
-    unknown.add(1, step_seconds=1.0, data_seconds=0.0)
+    meter.add(8, 500, 40_000, step_seconds=1.0, data_seconds=0.0)
+    assert meter.read()["tokens_per_second"] == pytest.approx(500)
+    unknown = Throughput(flops=flops, peak_flops=None)
+    unknown.add(1, 1, 1, step_seconds=1.0, data_seconds=0.0)
     assert unknown.read()["mfu"] is None
+
+
+def test_flops_of_any_length_follow_from_three() -> None:
+    """Images have one size, so one count; an encoder's matrices and scores are linear and quadratic in T."""
+    flops = SampleFlops(lambda positions: 12345.0, 64)
+    assert flops(7, 7 * 64, 7 * 64**2) == pytest.approx(7 * 12345.0)
+
+    def count(positions: int) -> float:
+        with torch.device("meta"):
+            encoder = build_student(Config(model=ModelConfig(relative_bias=False))).encoder
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                encoder(torch.empty(1, positions, 192))
+        return counter.get_total_flops()
+
+    flops = SampleFlops(count, 50)
+    lengths = [7, 100, 311, 1000]
+    together = flops(len(lengths), sum(lengths), sum(length**2 for length in lengths))
+    assert together == pytest.approx(sum(count(length) for length in lengths), rel=1e-9)
+    assert count(1000) > 11 * count(100), "quadratic, or the test would show nothing"

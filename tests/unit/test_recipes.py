@@ -31,9 +31,9 @@ class Size(NamedTuple):
     """Parameters, front end and head included."""
     teacher: int
     batch: int
-    """Samples of an update."""
-    masked: int
-    """Most positions that a sample hides."""
+    """Images, or seconds of speech, of an update."""
+    masked: int | None
+    """Most positions that a sample hides; None where spans overlap at random."""
 
 
 SIZES = {
@@ -45,6 +45,11 @@ SIZES = {
     "vision_large_phase2": Size(304_186_816, 303_137_216, 4096, 120),
     "vision_huge14": Size(632_133_184, 630_493_504, 4096, 157),
     "vision_tiny": Size(1_233_040, 1_216_528, 32, 38),
+    # fairseq's own counts (spec 1.4); 16 x 3.8 and 24 x 3.4 million samples.
+    "speech_base": Size(93_754_880, 88_561_920, 3800, None),
+    "speech_audioset": Size(93_754_880, 88_561_920, 5100, None),
+    "speech_large": Size(314_326_016, 308_542_464, 3800, None),
+    "speech_tiny": Size(1_379_968, 1_287_808, 32, None),
 }
 """A new recipe needs a line here."""
 
@@ -79,8 +84,10 @@ def test_sizes(recipe: str) -> None:
     config, expected = load_config(recipe), SIZES[recipe]
     student, teacher = built(config)
     assert (numel(student), numel(teacher)) == (expected.student, expected.teacher)
-    assert config.data.micro_batch.samples * config.train.micro_batches_per_step == expected.batch
-    assert mask_budget(config.mask.ratio, positions(config)) == expected.masked
+    budget = config.data.micro_batch
+    assert (budget.samples or budget.seconds) * config.train.micro_batches_per_step == expected.batch
+    if expected.masked is not None:
+        assert mask_budget(config.mask.ratio, positions(config)) == expected.masked
     (row,) = re.findall(rf"^\| `{recipe}` \|.*", DOCS.read_text(), flags=re.MULTILINE)
     for number in (expected.student, expected.batch, config.train.steps):
         assert f"| {number:,} |" in row
@@ -108,10 +115,10 @@ def test_sizes_are_those_of_the_vit_papers(recipe: str, millions: int) -> None:
 def test_every_deepspeed_json_takes_every_recipe(recipe: str, json: Path) -> None:
     """On the smallest layout, and on the largest that its micro-batches allow."""
     config = load_config(recipe)
-    micro_batches, samples = config.train.micro_batches_per_step, config.data.micro_batch.samples
+    micro_batches, samples = config.train.micro_batches_per_step, config.data.micro_batch.samples or 1
     for data_parallel in (1, micro_batches):
         filled = fill_deepspeed(read_deepspeed_json(json), config, precision="bf16", data_parallel=data_parallel)
-        assert filled["train_batch_size"] == SIZES[recipe].batch
+        assert filled["train_batch_size"] == samples * micro_batches
         assert filled["train_micro_batch_size_per_gpu"] == samples
         assert filled["gradient_accumulation_steps"] == micro_batches // data_parallel
         assert filled["gradient_clipping"] == config.optimizer.clip
@@ -152,7 +159,21 @@ COMPLETE = {
         "schedule": "kind warmup_steps peak_in_warmup start_lr min_lr",
         "data": "micro_batch",
         "train": "steps micro_batches_per_step output_dir",
-    }
+    },
+    "speech": {
+        "model": "width depth heads mlp_ratio norm norm_eps layer_scale qkv_bias relative_bias init head_layers "
+        "dropout attention_dropout drop_path layer_drop deep_norm",
+        "speech": "conv_layers conv_bias extractor_norm position_depth position_kernel position_groups normalise "
+        "min_seconds max_seconds",
+        "mask": "ratio span min_spans equal_counts",
+        "targets": "layers tensor layer_norm average_norm padding",
+        "loss": "kind scale",
+        "teacher": "scope copied decay_start decay_end decay_steps",
+        "optimizer": "lr betas eps weight_decay decay_all clip",
+        "schedule": "kind warmup_steps",
+        "data": "micro_batch bucket_ratio",
+        "train": "steps micro_batches_per_step output_dir",
+    },
 }
 """By modality, the keys that decide what is computed: a full-size recipe leaves none of them to a default."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megad2v.modalities.vision.transforms import generator
+from megad2v.modalities.draws import generator
 
 
 @dataclass(frozen=True)

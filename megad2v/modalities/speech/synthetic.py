@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megad2v.modalities.demo import in_processes, write_demo
+from megad2v.modalities.draws import generator
 from megad2v.modalities.speech import espeak
 from megad2v.modalities.speech.language import LEXICON, PAUSE, Sound, sentence, sounds_of
 from megad2v.modalities.speech.transcripts import TABLE
-from megad2v.modalities.vision.transforms import generator
 
 Floats = npt.NDArray[np.float64]
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megad2v.config.schema import Config
 from megad2v.models.attention import relative_index
 
 _TOP = {
@@ -36,8 +37,9 @@ _BLOCK_TRANSPOSED = {"attention.output.weight": "attn.proj.weight", "mlp.output.
 _TABLE = "encoder.rel_pos_bias.relative_position_bias_table"
 
 
-def to_fairseq(parameters: Mapping[str, Tensor], *, heads: int) -> dict[str, Tensor]:
+def to_fairseq(parameters: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """fairseq's state dict of a student's (or teacher's) parameters."""
+    heads = config.model.heads
     out: dict[str, Tensor] = {}
     for name, value in parameters.items():
         if name in _TOP:
@@ -69,11 +71,12 @@ def _block_to_fairseq(name: str, value: Tensor, heads: int) -> dict[str, Tensor]
     raise KeyError(f"no fairseq name for the vision parameter {name}")
 
 
-def from_fairseq(state: Mapping[str, Tensor], *, heads: int) -> dict[str, Tensor]:
+def from_fairseq(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Our parameters from a fairseq state dict; keys that hold no parameter (the position index) are left out.
 
     A teacher's state (an encoder alone) has its names without "encoder.": add it before.
     """
+    heads = config.model.heads
     top = {theirs: ours for ours, theirs in _TOP.items()}
     block = {theirs: ours for ours, theirs in _BLOCK.items()}
     transposed = {theirs: ours for ours, theirs in _BLOCK_TRANSPOSED.items()}

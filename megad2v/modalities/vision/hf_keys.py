@@ -11,15 +11,35 @@ behind the mean.) The regression head has no place there and stays behind.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
+from megad2v.modalities.keys import Example
 
 MODEL_CLASS = "Data2VecVisionModel"
+PIPELINE = "image-feature-extraction"
+CARD_SECTIONS = ("vision", "augment")
+USAGE = """\
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+folder = "."  # this folder
+processor = AutoImageProcessor.from_pretrained(folder)
+model = AutoModel.from_pretrained(folder).eval()
+output = model(**processor(Image.open("picture.jpg"), return_tensors="pt")).last_hidden_state
+features = output[:, 1:].mean(dim=1)  # token 0 is CLS, which pretraining gives no target: prefer the patches' mean
+```
+
+To fine-tune a classifier on the mean of the patches, as data2vec was evaluated, say
+`AutoModelForImageClassification.from_pretrained(folder, num_labels=N, use_mean_pooling=True)`: the norm behind the mean
+starts new, and the encoder's own final norm is left out. Without `use_mean_pooling` the classifier reads the CLS token.
+"""
+"""Of the model card: how to load and fine-tune it."""
 
 _TOP = {
     "front_end.patches.weight": "embeddings.patch_embeddings.projection.weight",
@@ -120,14 +140,6 @@ def processor_config(config: Config) -> dict[str, Any]:
     }
 
 
-class Example(NamedTuple):
-    """Random input for both sides: `inputs` and `mask_bt` for our front end, `arguments` for their forward."""
-
-    inputs: Tensor
-    mask_bt: Tensor
-    arguments: dict[str, Tensor]
-
-
 def example(config: Config, generator: torch.Generator) -> Example:
     """Two images of normal noise, float32 (2, C, S, S): the first unmasked, the second with half its patches hidden.
 
@@ -138,7 +150,8 @@ def example(config: Config, generator: torch.Generator) -> Example:
     patches = (vision.image_size // vision.patch_size) ** 2
     mask_bt = torch.zeros(2, patches, dtype=torch.bool)
     mask_bt[1, torch.randperm(patches, generator=generator)[: patches // 2]] = True
-    return Example(images, mask_bt, {"pixel_values": images, "bool_masked_pos": mask_bt})
+    words = f"{tuple(images.shape)} normal noise; half the patches of row 1 masked"
+    return Example(images, mask_bt, None, {"pixel_values": images, "bool_masked_pos": mask_bt}, words)
 
 
 def to_hugging_face(parameters: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:

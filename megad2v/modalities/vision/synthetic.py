@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from megad2v.modalities.demo import in_processes, write_demo
-from megad2v.modalities.vision.transforms import generator
+from megad2v.modalities.draws import generator
 
 Floats = npt.NDArray[np.float32]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from hashlib import blake2b
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from PIL import Image, ImageStat
 
 from megad2v.config.schema import AugmentConfig, Config
 from megad2v.modalities.batch import Batch
-from megad2v.modalities.sample import Sample
+from megad2v.modalities.draws import generator
+from megad2v.modalities.sample import Mode, Sample
 from megad2v.modalities.vision.decode import Box, decoded, open_image, upright_size
 from megad2v.modalities.vision.masking import block_mask, mask_budget
 
@@ -26,21 +27,12 @@ PixelBox = tuple[int, int, int, int]
 Colour = tuple[tuple[str, float], ...]
 """Operations of `COLOUR` with their factors, in the order in which they are applied."""
 
-Mode = Literal["train", "valid", "probe"]
-"""train: augmented and masked anew each epoch; valid: centre crop, one fixed mask; probe: centre crop, no mask."""
-
 ASPECT = (3 / 4, 4 / 3)
 """Aspect ratios of the random resized crop (spec 3.1: the usual default)."""
 CROP_ATTEMPTS = 10
 BICUBIC = Image.Resampling.BICUBIC
 COLOUR = ("brightness", "contrast", "saturation")
 """The operations of the colour jitter; the published one (torchvision's ColorJitter) leaves the hue alone."""
-
-
-def generator(*parts: object) -> np.random.Generator:
-    """A generator whose stream depends on the parts alone."""
-    seed = blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(seed, "little")))
 
 
 class View(NamedTuple):

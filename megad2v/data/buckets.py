@@ -1,0 +1,152 @@
+"""Micro-batches of samples that differ in length: a pure function of their running number, as for samples of one size.
+
+Samples lie in length buckets. A bucket has its own order (order.py) and a fixed number of rows, so its micro-batches of
+an epoch are numbered; the epoch is all buckets' micro-batches, merged so that each bucket is spread evenly over it.
+Whatever the position in the epoch, bucket and number follow from a few dozen sums over the buckets: nothing is listed,
+and the state of the data stays the step number. A micro-batch never mixes epochs, and an epoch has every sample once.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megad2v.data.order import Int64s, SampleOrder, digest
+
+UNIT = 2**32
+"""An epoch in the units in which buckets are merged; more than any bucket has micro-batches."""
+CACHED = 8
+
+
+@dataclass(frozen=True)
+class LengthBudget:
+    """How samples of different lengths share micro-batches; lengths in waveform samples (or whatever is counted)."""
+
+    shortest: int
+    """Shorter samples are left out."""
+    longest: int
+    """Longer ones are cropped to it; so are samples of unknown length (0), for all that is known."""
+    samples: int | None = None
+    """Rows of every micro-batch, or None: as many as `total` holds."""
+    total: int = 0
+    """Summed length of a micro-batch, each row taken for as long as the longest."""
+
+    def rows(self, length: int) -> int:
+        """Rows of a micro-batch whose longest sample has this length; one at least."""
+        return self.samples if self.samples is not None else max(1, self.total // length)
+
+    def cropped(self, lengths: Int64s) -> Int64s:
+        """The lengths that count, 0 for samples that are left out."""
+        known = np.where(lengths == 0, self.longest, np.minimum(lengths, self.longest))
+        return np.where(known < self.shortest, 0, known)
+
+
+def bucket_ends(shortest: int, longest: int, ratio: float) -> Int64s:
+    """The largest length of each bucket, ascending: the fewest buckets whose ends grow geometrically by at most `ratio`
+    from `shortest` to `longest`."""
+    count = max(1, math.ceil(math.log(longest / shortest) / math.log(ratio) - 1e-9))
+    ends = shortest * (longest / shortest) ** (np.arange(1, count + 1) / count)
+    return np.unique(np.rint(ends).astype(np.int64))  # short lengths and ratios near 1 can round to one
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    members: Int64s
+    """Sample indices, ascending."""
+    order: SampleOrder
+    micro_batches: int
+    """Of an epoch."""
+
+
+class BucketPlan:
+    """Running number of a micro-batch -> its samples."""
+
+    def __init__(
+        self,
+        lengths: Int64s,
+        shard_sizes: Sequence[int],
+        budget: LengthBudget,
+        *,
+        ratio: float,
+        seed: int,
+        window: int,
+    ) -> None:
+        """`lengths` of all samples in the order of the shards; those that are left out are none of the plan's."""
+        self._seed = seed
+        cropped = budget.cropped(lengths)
+        ends = bucket_ends(budget.shortest, budget.longest, ratio)
+        borders = np.cumsum(shard_sizes)
+        bucket_of = np.where(cropped > 0, np.searchsorted(ends, cropped), -1)
+        self._buckets: list[_Bucket] = []
+        for number, end in enumerate(ends.tolist()):
+            members = np.flatnonzero(bucket_of == number)
+            if not len(members):
+                continue
+            sizes = np.diff(np.searchsorted(members, borders), prepend=0)
+            order = SampleOrder(sizes, seed=seed, window=window, salt=("bucket", number))
+            self._buckets.append(_Bucket(members, order, -(-len(members) // budget.rows(end))))
+        self._counts = np.array([bucket.micro_batches for bucket in self._buckets], dtype=np.int64)
+        self.epoch_size = sum(len(bucket.members) for bucket in self._buckets)
+        """Samples of an epoch."""
+        self.epoch_micro_batches = int(self._counts.sum())
+        self.buckets = len(self._buckets)
+        """Those that hold samples."""
+        self._phases: OrderedDict[int, Int64s] = OrderedDict()
+
+    def numbered(self, number: int) -> list[tuple[int, int]]:
+        """(epoch, sample index) of each row of micro-batch `number` (0, 1, ..., over all epochs)."""
+        epoch, position = divmod(number, self.epoch_micro_batches)
+        which, j = self.place(epoch, position)
+        bucket = self._buckets[which]
+        # Shared out evenly: a bucket's micro-batches differ by one row at most, so none is left with a single one.
+        size, parts = len(bucket.members), bucket.micro_batches
+        positions = np.arange(j * size // parts, (j + 1) * size // parts, dtype=np.int64)
+        return [(epoch, int(index)) for index in bucket.members[bucket.order.indices(epoch, positions)]]
+
+    def place(self, epoch: int, position: int) -> tuple[int, int]:
+        """(bucket, number of its micro-batch in the epoch) at a position (0..epoch_micro_batches-1) of an epoch.
+
+        Micro-batch j of the m of a bucket has its time at (j + phase) / m of the epoch, and the position is its rank
+        among all. Times are compared on a grid that is fine enough for a bucket to be in a cell but once; within
+        a cell the order is that of the buckets.
+        """
+        phases = self._phases_of(epoch)
+
+        def earlier(time: int) -> Int64s:
+            """Micro-batches of each bucket before a time in units: ceil((time m - phase) / UNIT)."""
+            return -((phases - time * self._counts) // UNIT)
+
+        cell = bisect_right(range(UNIT + 1), position, key=lambda time: int(earlier(time).sum())) - 1
+        before = earlier(cell)
+        here = np.flatnonzero(earlier(cell + 1) > before)
+        bucket = int(here[position - int(before.sum())])
+        return bucket, int(before[bucket])
+
+    def _phases_of(self, epoch: int) -> Int64s:
+        """For each bucket when its first micro-batch comes, in 0..UNIT-1 of the time between two of them."""
+        if epoch not in self._phases:
+            words = [digest(self._seed, epoch, "phase", number)[:4] for number in range(self.buckets)]
+            self._phases[epoch] = np.array([int.from_bytes(word, "little") for word in words], dtype=np.int64)
+            if len(self._phases) > CACHED:
+                self._phases.popitem(last=False)
+        return self._phases[epoch]
+
+
+def grouped_in_order(lengths: Int64s, budget: LengthBudget) -> list[list[int]]:
+    """Sample indices in their order, as many to a micro-batch as `budget` holds at the length of its longest."""
+    cropped = budget.cropped(lengths)
+    groups: list[list[int]] = []
+    longest = 0
+    for index in np.flatnonzero(cropped).tolist():
+        longest = max(longest, int(cropped[index]))
+        if groups and len(groups[-1]) < budget.rows(longest):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            longest = int(cropped[index])
+    return groups
