@@ -480,8 +480,8 @@ MUTANTS = (
     Mutant(
         "layer drop under one trace",
         "megad2v/engine/traces.py",
-        "if kind == self._current:",
-        "if self._current is not None:",
+        "self._next = kind",
+        "self._next = None",
         "tests/distributed/test_layer_drop.py::test_a_dropped_block_is_not_gathered",
     ),
     # --- resuming

@@ -91,7 +91,7 @@ class Guard:
 
     def __init__(self, engine: TrainingEngine, world: World, watch: Watchdog, *, limit: float = 0.0) -> None:
         """`limit` is train.hang_timeout: the exchange waits longer, since the watchdog has more to say."""
-        self.world, self.watch = world, watch
+        self.world, self.watch, self._engine = world, watch, engine
         self.depth = len(engine.student.encoder.blocks)
         self._group = None
         if world.size > 1:
@@ -167,6 +167,7 @@ class Guard:
         if place != self._done:
             raise Disagreement(f"rank {self.world.rank} is about to run forward {place} of the step, not {self._done}")
         self._expected, self._next = self._order(self._plans[place]), 0
+        self._engine.expect(self._plans[place])
         try:
             yield
             if self._next < len(self._expected):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from functools import partial
 from typing import Any
 
@@ -176,6 +176,7 @@ class TrainingEngine:
         self.data_parallel: int = self.deepspeed.dp_world_size
         self._gate = StepGate(self.deepspeed, device)
         self._traces = TraceCache(self.deepspeed) if zero3 else None
+        self._plan: Hashable = None
         self._managed: bool = ds.get("managed_gradient_accumulation", True)
 
     def _teacher_engine(self, teacher: nn.Module, ds: dict[str, Any]) -> nn.Module:
@@ -198,9 +199,16 @@ class TrainingEngine:
         self, inputs: Tensor, mask_bmt: Tensor, padding_bt: Tensor | None, run: Collection[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One micro-batch through student and teacher; see `Student.forward`. Collective under ZeRO-3."""
+        plan, self._plan = self._plan, None
         if self._traces is not None:
-            self._traces.before((self.deepspeed.training, None if run is None else tuple(run)))
+            own = (self.deepspeed.training, None if run is None else tuple(run))
+            self._traces.expect(own if plan is None else plan)
         return self.deepspeed(inputs, mask_bmt, self.teacher, padding_bt, run)
+
+    def expect(self, plan: Hashable) -> None:
+        """What all ranks agreed that the next forward runs. Without it ZeRO-3 goes by the forward's own arguments, and
+        a rank whose arguments are wrong gathers otherwise than the rest before anybody can see why."""
+        self._plan = plan
 
     def backward(self, loss_sum: Tensor, count: int) -> None:
         """Accumulate the gradient of loss_sum / count, where count is the step's GLOBAL number of masked positions.

@@ -8,7 +8,7 @@ a trace of its own, recorded once.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
@@ -18,42 +18,52 @@ steps; a trace of 24 blocks takes some 100 kB."""
 
 
 class TraceCache:
-    """Hands DeepSpeed's coordinator the trace of the pass to come. Traces are hints: where one does not fit, DeepSpeed
-    notices and does without. Every rank has to name the same passes in the same order."""
+    """Stands where DeepSpeed's coordinator starts a pass, and hands it the trace of that pass, or lets it record one.
+
+    Traces are hints: where one does not fit, DeepSpeed notices, does without, and the next pass of that kind records.
+    Nothing is sent. DeepSpeed compares a new trace among ranks; `engine.guard` does so for every module of every pass,
+    before it runs, and must not wait in a comparison that a rank gone astray makes alone.
+    """
 
     def __init__(self, engine: Any) -> None:
         """`engine` is a DeepSpeed engine at stage 3."""
         self._coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
         self._traces: OrderedDict[Hashable, tuple[Any, Any]] = OrderedDict()
         self._current: Hashable = None
+        self._next: Hashable = None
+        self._reset = self._coordinator.reset_step
+        self._coordinator.reset_step = self._start
 
-    def before(self, kind: Hashable) -> None:
-        """Call before each pass; equal `kind` means the same modules in the same order. Nothing happens, and nothing is
-        sent, while it stays the same; where it changes, ranks compare the lengths of a trace just recorded."""
+    def expect(self, kind: Hashable) -> None:
+        """Call before a pass: what its modules and their order depend on."""
+        self._next = kind
+
+    def _start(self) -> None:
+        """In the place of the coordinator's reset_step, at the start of every pass."""
         from deepspeed.runtime.zero.partitioned_param_coordinator import ZeRoTraceMode
 
-        if kind == self._current:
-            return
         coordinator = self._coordinator
-        coordinator.reset_step()  # ends the last pass, as the start of this one would
-        if coordinator.is_complete_trace():
-            self._traces[self._current] = (self._get("submodule_order"), self._get("param_order"))
-            self._traces.move_to_end(self._current)
-        else:  # it did not fit
+        if coordinator.is_record_trace():
+            coordinator.construct_parameter_trace_from_module_trace()
+            self._traces[self._current] = tuple(self._get("submodule_order")), tuple(self._get("param_order"))
+        elif coordinator.is_invalid_trace():
             self._traces.pop(self._current, None)
-        self._current = kind
-        if kind in self._traces:
-            modules, parameters = self._traces[kind]
-            self._traces.move_to_end(kind)
-            self._set("submodule_order", modules)
-            self._set("param_order", parameters)
-            self._set("param_queue", deque(parameters))
-            self._set("trace_mode", ZeRoTraceMode.COMPLETE)
+        self._current = self._next
+        known = self._traces.get(self._current)
+        self._set("trace_mode", ZeRoTraceMode.COMPLETE)
+        self._set_trace(*(known or ((), ())))
+        self._reset()  # of a complete trace it sends nothing
+        if known is None:
+            self._set("trace_mode", ZeRoTraceMode.RECORD)
+            self._set_trace([], [])
         else:
-            coordinator._clear_trace_structures()
-            self._set("trace_mode", ZeRoTraceMode.INVALID)  # the pass's own start makes "record" of it
+            self._traces.move_to_end(self._current)
         while len(self._traces) > LIMIT:
             self._traces.popitem(last=False)
+
+    def _set_trace(self, modules: Any, parameters: Any) -> None:
+        self._set("submodule_order", modules)
+        self._set("param_order", parameters)
 
     def _get(self, name: str) -> Any:
         return getattr(self._coordinator, f"_PartitionedParameterCoordinator__{name}")

@@ -43,6 +43,8 @@ class Trained:
         self.student, self.teacher_module = build_student(config), build_teacher(config)
         initialise_(self.student, 1), initialise_(self.teacher_module, 1)
         self.watch = Watchdog()
+        self.expected: list[object] = []
+        self.expect = self.expected.append
         self.guard = Guard(self, ALONE, self.watch)  # type: ignore[arg-type]
 
     def agree(self, *, blocks: tuple[int, ...] | None = None, forwards: int = 1) -> None:
@@ -66,6 +68,8 @@ def test_every_shape_of_model_passes(norm: str, scope: str, head_layers: int) ->
         trained.forward(0, kept).backward()
         trained.forward(1, kept)
         trained.guard.finish()
+    # The engine gathers by what was agreed on.
+    assert [plan.blocks for plan in trained.expected] == [(0, 1, 2)] * 2 + [(0, 2)] * 2 + [()] * 2
 
 
 def test_the_place_is_known_to_the_module() -> None:
