@@ -33,7 +33,8 @@ from megad2v.training.loop import Run, train
 from megad2v.training.setup import set_up
 from megad2v.training.state import load
 
-DEMO_SHARDS = "runs/demo/shards/image"
+DEMO_CORPORA = {"vision": "image", "speech": "speech"}
+"""What `make demo` calls the corpus of each modality; its shards lie in runs/demo/shards."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell has it."""
 SPEAKING_SECONDS = 3.0
@@ -104,15 +105,17 @@ def with_demo_shards(config: Config) -> Config:
     """The command without data runs on the demo's shards, where they have been made."""
     if config.data.shards is not None:
         return config
-    if not Path(DEMO_SHARDS, "train").is_dir():
+    corpus = DEMO_CORPORA[config.modality]
+    shards = Path("runs/demo/shards", corpus)
+    if not (shards / "train").is_dir():
         raise UserError(
             "data.shards: not given, and the demo's shards are not there. Make them with `make demo`, or: "
-            "python tools/make_demo_data.py runs/demo/data && "
-            f"python tools/make_shards.py image --input runs/demo/data/image --output {DEMO_SHARDS}/train && "
+            f"python tools/make_demo_data.py runs/demo/data --only {corpus} && "
+            f"python tools/make_shards.py {corpus} --input runs/demo/data/{corpus} --output {shards}/train && "
             "repeat the command; for your own data add --data.shards PATH"
         )
-    valid = config.data.valid or (f"{DEMO_SHARDS}/valid" if Path(DEMO_SHARDS, "valid").is_dir() else None)
-    return replace(config, data=replace(config.data, shards=f"{DEMO_SHARDS}/train", valid=valid))
+    valid = config.data.valid or (f"{shards}/valid" if (shards / "valid").is_dir() else None)
+    return replace(config, data=replace(config.data, shards=f"{shards}/train", valid=valid))
 
 
 def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:
