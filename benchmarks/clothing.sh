@@ -34,4 +34,4 @@ other=$!
 pretrain seed3 3 zero1 python
 wait "$other"
 pretrain shuffled 1 zero1 python --targets.shuffle true
-python benchmarks/gather_clothing.py "$work" "$result"
+python benchmarks/gather.py "$work" "$result" benchmarks/clothing.sh

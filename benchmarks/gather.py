@@ -1,4 +1,4 @@
-"""Gather what benchmarks/clothing.sh left into one JSON: validation curves, probes, means over seeds."""
+"""Gather what benchmarks/clothing.sh or digits.sh left into one JSON: validation curves and probes of each run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def main(work: Path, result: Path) -> None:
-    """Write `result` from the runs in `work`; a run that is missing is an error."""
+def main(work: Path, result: Path, command: str) -> None:
+    """Write `result` from the runs that `command` left in `work`; a run that is missing is an error."""
     runs: dict[str, Any] = {}
     for name in (*SEEDS, "shuffled"):
         if not (work / f"{name}-probe.json").exists():
@@ -28,10 +28,10 @@ def main(work: Path, result: Path) -> None:
             "probe": json.loads((work / f"{name}-probe.json").read_text()),
             "zero": json.loads((work / name / "ds_config.json").read_text())["zero_optimization"]["stage"],
         }
-    text = json.dumps({"command": "benchmarks/clothing.sh", "runs": runs}, indent=1)
+    text = json.dumps({"command": command, "runs": runs}, indent=1)
     result.write_text(text.replace(str(work), "WORK") + "\n")  # no path of the machine that ran it
     print(f"{result}: {', '.join(runs)}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
