@@ -28,7 +28,8 @@ ROWS = ("random", *WEIGHTS)
 
 EPILOG = """\
 Shards need labels (KEY.cls) with the same class names in both sets (make_shards --classes). Images are resized by the
-short side and cropped in the centre; nothing is masked. Features are means over the patches; the test set is used once.
+short side and cropped in the centre, recordings cut to speech.max_seconds in the middle; nothing is masked. Features
+are means over patches or frames; the test set is used once.
 On cores that something else keeps busy, OMP_NUM_THREADS=1 makes it several times faster.
 
 example:
