@@ -21,15 +21,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # also where megad2v is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where megad2v is not installed
 
 from megad2v.modalities.text.documents import TextOptions
 from megad2v.modalities.text.reading import Lines, find_inputs
 from megad2v.modalities.text.shards import text_corpus
 from megad2v.modalities.text.train import TrainingOptions, train_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
+PARAGRAPHS = 8
+"""Of the books, in a document of the big file: about 2 kB."""
 
 
 def _cpu(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -65,11 +67,13 @@ def _made(books: Path, folder: Path, options: TextOptions) -> int:
 
 def large(books: Path, folder: Path, gigabytes: float) -> dict[str, Any]:
     """The command on one big file."""
-    paragraphs = [part for path in find_inputs([str(books)]) for part in path.read_bytes().split(b"\n\n")]
+    paragraphs = [
+        part for path in find_inputs([str(books)]) for part in path.read_bytes().split(b"\n\n") if part.strip()
+    ]
     rng, size = random.Random(0), 0
     with (folder / "large.txt").open("wb") as file:
         while size < gigabytes * 1e9:
-            size += file.write(b"\n\n".join(rng.choices(paragraphs, k=1_000)) + b"\n\n")
+            size += file.write(b"\n".join(rng.choices(paragraphs, k=PARAGRAPHS)) + b"\n\n")
     words = ["text", "--input", folder / "large.txt", "--tokenizer", folder / "tokenizer", "--document", "blank-lines"]
     command = [sys.executable, ROOT / "tools/make_shards.py", *words, "--output", folder / "out"]
     begin = time.time()

@@ -37,9 +37,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = top.add_mutually_exclusive_group()
-    source.add_argument(
-        "--input", nargs="+", metavar="GLOB", help="text files, folders or patterns, as make_shards text"
-    )
+    source.add_argument("--input", nargs="+", metavar="GLOB", help="files, folders or patterns, as make_shards text")
     source.add_argument(
         "--from", dest="source", type=Path, metavar="FILE", help="tokenizer.json, or vocab.json beside merges.txt"
     )

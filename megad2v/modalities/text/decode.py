@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from megad2v.modalities.text.tokenizer import Tokens
 
 HEADER_BYTES = 1024
 """More than any header of a one-dimensional array."""
+SHAPE = re.compile(rb"'shape': \((\d+),\)")
 DTYPES = frozenset({np.dtype("<u2"), np.dtype("<u4")})
 
 
@@ -38,11 +40,9 @@ def read_tokens(data: bytes) -> Tokens:
 
 def token_count(head: bytes) -> int:
     """Tokens by the header in the first bytes of the file; 0 where it is none."""
-    try:
-        shape, _ = _header(io.BytesIO(head))
-    except (ValueError, SyntaxError, TypeError):
-        return 0
-    return shape[0] if len(shape) == 1 else 0
+    # Not numpy's parser, which takes 30 microseconds: the index of a billion documents is made with this.
+    shape = SHAPE.search(head) if head.startswith(np.lib.format.MAGIC_PREFIX) else None
+    return int(shape[1]) if shape else 0
 
 
 def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], np.dtype]:

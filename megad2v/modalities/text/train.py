@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -78,6 +79,11 @@ def train_tokenizer(lines: Iterable[str], options: TrainingOptions) -> Tokenizer
         )
     except (RuntimeError, OSError) as error:
         said = " ".join(str(error).split())
+        if most := re.search(r"too high .* <= (\d+)", said):
+            raise UserError(
+                f"--vocab-size {options.vocabulary}: this text gives at most {int(most[1]) + 1} ids; lower it, or "
+                "train on more text"
+            ) from error
         raise UserError(f"--vocab-size {options.vocabulary}: sentencepiece refuses ({said})") from error
     data = model.getvalue()
     size = sentencepiece.SentencePieceProcessor(model_proto=data).piece_size() + 1
