@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import tracemalloc
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -214,6 +215,30 @@ def test_any_division_gives_the_same_documents(
     assert len(plain) == len(packed) > 20
     assert {fingerprint(one) for _, one in plain} == {fingerprint(one) for _, one in packed}
     assert len({fingerprint(one) for _, one in plain}) == len(plain)
+
+
+@pytest.mark.parametrize("name", ("a.txt", "a.txt.gz"))
+def test_memory_does_not_grow_with_the_file(
+    name: str, tmp_path: Path, vocabulary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6 MB of text, 12 MB of tokens, within 4 MB: in a process, on the way out of it, and in the main one."""
+    monkeypatch.setattr(make_module, "SPOOL_BYTES", 2**20)
+    data = b"".join(b"%d " % i + b"x" * 600 + b"\n\n" for i in range(10_000))
+    (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
+    corpus = text_corpus(tmp_path / name, vocabulary, TextOptions(document="blank-lines"))
+    assert len(corpus.files) == 1
+    tracemalloc.start()
+    try:
+        packed = make_module._several(corpus, corpus.files, tmp_path / "spool")
+        assert isinstance(packed, Path)
+        assert packed.stat().st_size > 12e6
+        with packed.open("rb") as stream:
+            count = sum(len(outcome.samples) for outcome in make_module._unpack(corpus.files, stream))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 10_000
+    assert peak < 4e6
 
 
 def test_long_documents_are_cut_between_sentences(tmp_path: Path, vocabulary: Path) -> None:

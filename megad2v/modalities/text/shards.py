@@ -65,6 +65,7 @@ def text_corpus(
     parts = [part for path in paths for part in _parts(folder, path, headers.get(path, ()), options)]
     if labels == "folders" and ids:
         parts = [_with_label(part, ids) for part in parts]
+    vocabulary = (str(tokenizer_folder.absolute()), tokenizer.fingerprint)
     return Corpus(
         name="text",
         modality="text",
@@ -74,7 +75,7 @@ def text_corpus(
         classes=list(ids),
         others=others,
         why_not="no .txt, .jsonl or .tsv by its name, or hidden",
-        make_samples=partial(make_samples, str(tokenizer_folder.absolute()), ids if labels == "auto" else {}),
+        make_samples=partial(make_samples, vocabulary, ids if labels == "auto" else {}),
         options=options,
         tokenizer=tokenizer.about,
         tokenizer_files=tokenizer.files,
@@ -177,15 +178,22 @@ def _with_label(part: TextFile, ids: Mapping[str, int]) -> TextFile:
 
 
 @cache
-def _tokenizer(folder: str) -> Tokenizer:
-    return Tokenizer.load(folder)
+def _tokenizer(folder: str, fingerprint: str) -> Tokenizer:
+    """Loaded once in each process. Raises UserError where the folder was written anew in the meantime."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(f"{folder}: changed while it was used; start again")
+    return tokenizer
 
 
 def make_samples(
-    tokenizer_folder: str, ids: Mapping[str, int], folder: Path, file: TextFile, options: TextOptions
+    vocabulary: tuple[str, str], ids: Mapping[str, int], folder: Path, file: TextFile, options: TextOptions
 ) -> Iterator[Outcome]:
-    """An outcome for each document that begins in a part of a file; what cannot be read is named with its line."""
-    tokenizer = _tokenizer(tokenizer_folder)
+    """An outcome for each document that begins in a part of a file; what cannot be read is named with its line.
+
+    `vocabulary` is (folder, fingerprint) of the tokenizer; `ids` the classes by name, where documents name theirs.
+    """
+    tokenizer = _tokenizer(*vocabulary)
     try:
         for document in documents(folder / file.path, file, options):
             label = ids.get(document.label or "", -1) if ids else file.label
