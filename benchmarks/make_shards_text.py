@@ -23,6 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where megad2v is not installed
 
+import numpy as np
+
+from megad2v.data.writer import DatasetWriter
+from megad2v.modalities.text.decode import write_tokens
 from megad2v.modalities.text.documents import TextOptions
 from megad2v.modalities.text.reading import Lines, find_inputs
 from megad2v.modalities.text.shards import text_corpus
@@ -63,6 +67,20 @@ def single(books: Path, folder: Path) -> list[dict[str, Any]]:
 def _made(books: Path, folder: Path, options: TextOptions) -> int:
     corpus = text_corpus(books, folder / "tokenizer", options, labels="none")
     return sum(len(outcome.samples) for file in corpus.files for outcome in corpus.outcomes(file))
+
+
+def writing(folder: Path, documents: int = 40_000) -> dict[str, Any]:
+    """What the main process does for each document, of 500 tokens: tar, checksum, index."""
+    parts = {"tokens.npy": write_tokens(np.zeros(500, np.uint16)), "json": b'{"line": 1, "path": "a.txt"}'}
+
+    def write() -> None:
+        with DatasetWriter(folder / "written", "text", "text", 512 * 10**6) as writer:
+            for number in range(documents):
+                writer.write(f"{number:09d}", parts)
+            writer.finish()
+
+    seconds, _ = _cpu(write)
+    return {"case": "write and index", "documents": documents, "documents_per_cpu_second": round(documents / seconds)}
 
 
 def large(books: Path, folder: Path, gigabytes: float) -> dict[str, Any]:
@@ -111,7 +129,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append JSON lines")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = single(arguments.books, Path(folder))
+        rows = [*single(arguments.books, Path(folder)), writing(Path(folder))]
         for row in rows:
             print(json.dumps(row), flush=True)
         if arguments.gigabytes:
