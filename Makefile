@@ -2,12 +2,12 @@
 #
 #   make test PYTHON=python3.12                    another interpreter (3.10 or newer; `make clean-all` first)
 #   make install TORCH='torch==2.12.*'             words for pip, where no torch is installed; an installed one is always kept
-#   make install EXTRAS=dev,hf,speech,mpi          more extras
+#   make install EXTRAS=dev,hf,speech,text,mpi     more extras
 #   make test PYTEST='tests/unit -k teacher -x'    words for pytest
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-EXTRAS ?= dev,hf,speech
+EXTRAS ?= dev,hf,speech,text
 PYTEST ?=
 
 VENV  := .venv

@@ -1,6 +1,6 @@
 """Make .venv, keep the torch that is there, and install megad2v into it: what `make install` runs.
 
-    python3 tools/install.py --venv .venv --torch torch==2.13.0 --extras dev,hf,speech
+    python3 tools/install.py --venv .venv --torch torch==2.13.0 --extras dev,hf,speech,text
 
 Runs on the bare interpreter: standard library only, in a syntax that Python 3.6 can read, to be told that it is old.
 """
@@ -196,7 +196,7 @@ def main():
     parser = argparse.ArgumentParser(description="Make .venv and install megad2v into it.")
     parser.add_argument("--venv", default=".venv")
     parser.add_argument("--torch", default="torch==2.13.0", help="words for pip, where no torch imports yet")
-    parser.add_argument("--extras", default="dev,hf,speech")
+    parser.add_argument("--extras", default="dev,hf,speech,text")
     arguments = parser.parse_args()
     check_interpreter()
     path = os.path.abspath(arguments.venv)

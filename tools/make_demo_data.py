@@ -12,14 +12,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where me
 
 from megad2v.errors import UserError
 from megad2v.modalities.speech.synthetic import SPEAKERS, VOICES, write_demo_speech
+from megad2v.modalities.text.synthetic import write_demo_text
 from megad2v.modalities.vision.synthetic import CLASSES, write_demo_images
 
-CORPORA = ("image", "speech")
+CORPORA = ("image", "speech", "text")
 
 EPILOG = f"""\
 OUT/image/<class>/*.jpg      one shape per class ({", ".join(CLASSES)}), 96 to 128 pixels a side
 OUT/speech/<speaker>/*.wav   sentences of a made-up language ({", ".join(SPEAKERS)}), 2 to 4 s, 16 kHz mono
 OUT/speech/transcripts.tsv   path, text
+OUT/text/stories_*.txt       short stories in simple English, a sentence a line, a blank line between stories
 
 espeak-ng speaks where it is installed; elsewhere, or with --voice formant, a small formant synthesiser, whose files are
 the same for the same seed and version of numpy.
@@ -29,6 +31,8 @@ examples:
   python tools/make_demo_data.py demo-valid --images-per-class 25 --clips-per-speaker 5 --seed 2
   python tools/make_shards.py image --input demo/image --output shards/image
   python tools/make_shards.py speech --input demo/speech --output shards/speech
+  python tools/train_tokenizer.py --input demo/text --vocab-size 1000 --output tokenizer
+  python tools/make_shards.py text --input demo/text --tokenizer tokenizer --document blank-lines --output shards/text
 """
 
 
@@ -39,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("out", type=Path, metavar="OUT", help="folder to write to; made if missing")
     top.add_argument(
-        "--only", choices=CORPORA, action="append", metavar="CORPUS", help="image or speech (default: both)"
+        "--only", choices=CORPORA, action="append", metavar="CORPUS", help="image, speech or text (default: all)"
     )
     top.add_argument(
         "--images-per-class", type=int, default=250, metavar="N", help="pictures of each class (default: %(default)s)"
@@ -47,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--clips-per-speaker", type=int, default=25, metavar="N", help="sentences by each voice (default: %(default)s)"
     )
+    top.add_argument("--stories", type=int, default=3000, metavar="N", help="short texts (default: %(default)s)")
     top.add_argument("--voice", choices=VOICES, default="auto", help="what speaks, see below (default: auto)")
     top.add_argument("--seed", type=int, default=1, metavar="N", help="another seed, other files (default: 1)")
     top.add_argument(
@@ -62,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Write the corpora; returns the lines to print. Raises UserError."""
-    if min(args.images_per_class, args.clips_per_speaker, args.workers) < 1:
-        raise UserError("--images-per-class, --clips-per-speaker and --workers: expected at least 1")
+    if min(args.images_per_class, args.clips_per_speaker, args.stories, args.workers) < 1:
+        raise UserError("--images-per-class, --clips-per-speaker, --stories and --workers: expected at least 1")
     lines: list[str] = []
     common = {"workers": args.workers, "overwrite": args.overwrite}
     if "image" in (args.only or CORPORA):
@@ -75,6 +80,10 @@ def run(args: argparse.Namespace) -> list[str]:
         voice = write_demo_speech(folder, args.clips_per_speaker, args.seed, voice=args.voice, **common)
         clips = args.clips_per_speaker * len(SPEAKERS)
         lines.append(f"{folder}: {clips} clips by {len(SPEAKERS)} speakers ({voice})")
+    if "text" in (args.only or CORPORA):
+        folder = args.out / "text"
+        size = write_demo_text(folder, args.stories, args.seed, **common)
+        lines.append(f"{folder}: {args.stories} stories ({size / 1e6:.1f} MB)")
     return lines
 
 

@@ -16,6 +16,9 @@ from megad2v.errors import UserError
 from megad2v.modalities.corpus import Corpus
 from megad2v.modalities.speech.recording import DECODERS
 from megad2v.modalities.speech.shards import LABELS, SpeechOptions, speech_corpus
+from megad2v.modalities.text.documents import DOCUMENTS, SENTENCES, TextOptions
+from megad2v.modalities.text.shards import LABELS as TEXT_LABELS
+from megad2v.modalities.text.shards import text_corpus
 from megad2v.modalities.vision.shards import ImageOptions, image_corpus
 
 IMAGE = """\
@@ -61,12 +64,36 @@ examples:
   python tools/make_shards.py speech --input podcasts --output shards/podcasts --max-seconds 30
   python tools/make_shards.py speech --input digits/test --output shards/test --classes shards/train
 """
+TEXT = """\
+INPUT is a folder of texts, however deep, or one file: .txt, .jsonl (a record a line), .tsv (header line, tabs, no
+quotes), each also as .gz or .zst; UTF-8. OUTPUT gets text-000000.tar, ... (plain tars: KEY.tokens.npy, the ids of one
+document, each sentence ended by </s>; KEY.cls, KEY.json), tokenizer/, index/, dataset.json and report.jsonl (a line for
+everything that was left out, with file, line and reason). The order of the parts of files is shuffled; the bytes depend
+on the files and options alone.
+
+Documents: a record of .jsonl and .tsv is one. Of .txt it is the whole file, what stands between blank lines
+(--document blank-lines), or each line. Training never fills a block with two documents' text as if it were one.
+Sentences, which blocks are cut between: a line, a paragraph (lines between blank lines, for hard-wrapped books), or the
+whole document. Line ends inside a sentence stay as they are; those between sentences become </s>.
+
+Nothing is changed in a sentence without --clean, which composes characters (NFC), drops control characters, makes one
+space of white space, and leaves out sentences without a letter. Lines that are not UTF-8 are left out and named.
+--dedupe keeps one of several documents with the same words.
+
+Labels (KEY.cls), for probes: the column "label" of .tsv files, or --labels folders.
+
+examples:
+  python tools/train_tokenizer.py --input wiki --vocab-size 32000 --output tokenizer
+  python tools/make_shards.py text --input wiki --tokenizer tokenizer --output shards/wiki --document blank-lines
+  python tools/make_shards.py text --input books --tokenizer tokenizer --output books --sentence paragraph --clean
+  python tools/make_shards.py text --input train.tsv --tokenizer tokenizer --output shards/probe
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line: one subcommand for each modality."""
     top = argparse.ArgumentParser(description=__doc__)
-    commands = top.add_subparsers(dest="modality", required=True, metavar="{image,speech}")
+    commands = top.add_subparsers(dest="modality", required=True, metavar="{image,speech,text}")
     image = _command(
         commands, "image", "images", "JPEG, PNG and WebP images, in class folders or one flat folder", IMAGE
     )
@@ -102,7 +129,34 @@ def parser() -> argparse.ArgumentParser:
         default=SpeechOptions.decoder,
         help="torchaudio reads what its own backend reads, whole files at a time (default: %(default)s)",
     )
+    _add_text(commands)
     return top
+
+
+def _add_text(commands: argparse._SubParsersAction) -> None:
+    text = _command(commands, "text", "texts", "text files, plain, JSON lines or tables, of any size", TEXT)
+    text.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="what tools/train_tokenizer.py wrote"
+    )
+    defaults = TextOptions()
+    text.add_argument(
+        "--document", choices=DOCUMENTS, default=defaults.document, help="of .txt files (default: %(default)s)"
+    )
+    text.add_argument(
+        "--sentence", choices=SENTENCES, default=defaults.sentence, help="what </s> ends (default: %(default)s)"
+    )
+    text.add_argument(
+        "--field", default=defaults.field, metavar="NAME", help=".jsonl and .tsv: where the text is (default: text)"
+    )
+    text.add_argument("--clean", action="store_true", help="tidy sentences, see below")
+    text.add_argument("--dedupe", action="store_true", help="keep one of several equal documents")
+    text.add_argument(
+        "--max-document-size",
+        default="1MiB",
+        metavar="SIZE",
+        help="longer documents of .txt become several, cut between sentences (default: %(default)s)",
+    )
+    text.add_argument("--labels", choices=TEXT_LABELS, default="auto", help="see below (default: auto)")
 
 
 def _command(commands: argparse._SubParsersAction, name: str, files: str, about: str, epilog: str):
@@ -150,6 +204,10 @@ def corpus(args: argparse.Namespace) -> Corpus:
         _check("--resize-short", 1 if args.resize_short is None else args.resize_short, 1, 65_535)
         _check("--quality", args.quality, 1, 100)
         return image_corpus(args.input, ImageOptions(args.resize_short, args.quality), classes)
+    if args.modality == "text":
+        size = parse_size(args.max_document_size, "--max-document-size")
+        options = TextOptions(args.document, args.sentence, args.field, args.clean, args.dedupe, size)
+        return text_corpus(args.input, args.tokenizer, options, labels=args.labels, classes=classes)
     options = SpeechOptions(args.max_seconds, args.min_seconds, args.decoder)
     return speech_corpus(args.input, options, labels=args.labels, classes=classes, transcripts=args.transcripts)
 

@@ -2,7 +2,9 @@
 
 A shard is a plain tar in webdataset's convention: files with the same key (the path up to the first dot of its last
 part) are one sample. Image: KEY.jpg|png|webp, optional KEY.cls (class id as ASCII digits). Speech: KEY.flac|wav,
-optional KEY.txt. Text: KEY.tokens.npy. A sample may hold several modalities; every sample we write has KEY.json.
+optional KEY.txt. Text: KEY.tokens.npy, one document as token ids (uint16 where the vocabulary has at most 65,536 ids,
+else uint32), each sentence ended by `</s>`; `<s>`, padding and masks are the loader's; optional KEY.cls. A sample may
+hold several modalities; every sample we write has KEY.json. Text shards have their tokenizer beside them (tokenizer/).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from megad2v.errors import UserError
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 INDEX_FOLDER = "index"
+TOKENIZER_FOLDER = "tokenizer"
 WORKING_FOLDER = ".making"
 """Where make_shards writes until everything is complete; its presence means an unfinished or interrupted run."""
 
@@ -72,7 +75,9 @@ class DatasetInfo:
     """Class names; the position is the id in KEY.cls. Empty: no labels."""
     class_counts: tuple[int, ...] = ()
     totals: dict[str, float] = field(default_factory=dict)
-    """What the samples add up to, where that is no count: hours of speech."""
+    """What the samples add up to, where that is no count: hours of speech, tokens."""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """Text: name, kind, vocabulary, fingerprint, and the dtype of KEY.tokens.npy."""
     tool: str = ""
     """Program and version that wrote the shards."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +122,7 @@ def read_dataset(folder: Path) -> DatasetInfo | None:
             classes=_strings(raw["classes"]),
             class_counts=tuple(int(count) for count in raw["class_counts"]),
             totals={str(name): float(amount) for name, amount in raw.get("totals", {}).items()},
+            tokenizer=dict(raw.get("tokenizer", {})),
             tool=str(raw["tool"]),
             settings=dict(raw["settings"]),
         )

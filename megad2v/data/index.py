@@ -25,9 +25,10 @@ import numpy.typing as npt
 from megad2v.data.format import INDEX_FOLDER, KINDS, LABEL_EXTENSION, MODALITY_KINDS, split_key
 from megad2v.errors import UserError
 from megad2v.modalities.speech import decode as speech
+from megad2v.modalities.text import decode as text
 from megad2v.modalities.vision import decode as vision
 
-VERSION = 2
+VERSION = 3
 """Raised whenever a field gets another meaning, so that older indexes are built again."""
 END_MARK = 0x6D643276
 BLOCK = 512
@@ -35,6 +36,7 @@ BLOCK = 512
 MEASURES: dict[str, tuple[int, Callable[[bytes], int]]] = {
     "vision": (vision.HEADER_BYTES, vision.pixel_count),
     "speech": (speech.HEADER_BYTES, speech.frame_count),
+    "text": (text.HEADER_BYTES, text.token_count),
 }
 """Modality -> (how many first bytes of a file are looked at, its length from them)."""
 
@@ -47,7 +49,7 @@ RECORD = np.dtype(
         ("offset", "<u8"),  # of the data in the tar, bytes
         ("size", "<u8"),  # bytes
         ("key_start", "<u8"),  # in the key bytes
-        ("length", "<u4"),  # images: width x height; speech: samples at 16 kHz; 0 unknown or not measured
+        ("length", "<u4"),  # images: width x height; speech: samples at 16 kHz; text: tokens; 0 unknown or not measured
         ("label", "<i4"),  # class id, NO_LABEL or UNREADABLE_LABEL
         ("key_size", "<u2"),
         ("kind", "u1"),  # position in format.KINDS
@@ -204,8 +206,8 @@ def build(tar: Path, modality: str) -> ShardIndex:
                         raise UserError(f"{tar}: {key}.{extension} is there twice; give every sample a key of its own")
                     data[extension] = (member.offset_data, member.size)
                 elif extension == LABEL_EXTENSION:
-                    text = os.pread(file.fileno(), min(member.size, 32), member.offset_data)
-                    parts.setdefault(key, _Parts()).label = _parse_label(text)
+                    digits = os.pread(file.fileno(), min(member.size, 32), member.offset_data)
+                    parts.setdefault(key, _Parts()).label = _parse_label(digits)
             found = [(key, part) for key, part in parts.items() if part.data]
             return _assemble(found, modality, file.fileno(), stat)
     except OSError as error:

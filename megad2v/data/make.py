@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import signal
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO
 
 from tqdm import tqdm
 
 import megad2v
-from megad2v.data.format import DATASET_FILE, WORKING_FOLDER, DatasetInfo, read_dataset
+from megad2v.data.format import (
+    DATASET_FILE,
+    LABEL_EXTENSION,
+    TOKENIZER_FOLDER,
+    WORKING_FOLDER,
+    DatasetInfo,
+    read_dataset,
+)
 from megad2v.data.writer import DatasetWriter
 from megad2v.errors import UserError
 from megad2v.modalities.corpus import Corpus, Outcome, SourceFile, shuffled
@@ -27,7 +35,7 @@ CHUNK = 16
 AHEAD = 4
 """Chunks per process that may be finished or under way: bounds memory when the disk is slower than the processes."""
 SPOOL_BYTES = 4 * 2**20
-"""What a file becomes goes to the main process through a temporary file if it is larger: an hour of speech is 60 MB."""
+"""What files become goes to the main process through a temporary file if it is larger: an hour of speech is 60 MB."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -56,12 +64,12 @@ class Made:
         return line + ("; see report.jsonl" if self.reported else "")
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--max-shard-size") -> int:
     """Bytes in '512MB', '1GiB', '100000'. Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if size < 1:
-        raise UserError(f"--max-shard-size: {text!r} is not a size; write for instance 512MB or 1GiB")
+        raise UserError(f"{option}: {text!r} is not a size; write for instance 512MB or 1GiB")
     return size
 
 
@@ -91,81 +99,72 @@ def make_shards(
     counts: Counter[str] = Counter()
     labels: Counter[int] = Counter()
     totals: dict[str, float] = {}
+    seen: set[bytes] = set()
     with DatasetWriter(out, corpus.name, corpus.modality, max_shard_bytes, overwrite=overwrite) as writer:
+        for name, content in corpus.tokenizer_files.items():
+            writer.attach(f"{TOKENIZER_FOLDER}/{name}", content)
         for path in corpus.others:
             writer.report(path=path, action="skipped", reason=corpus.why_not)
         counts["skipped"] = reported = len(corpus.others)
+        last = "none has anything in it"
         # Closed here and not by chance: processes must have ended before the working folder is cleared away.
         with closing(_outcomes(corpus, files, workers, out / WORKING_FOLDER / "spool")) as outcomes:
             # None: no bar where nobody watches.
-            quiet = None if progress else True
-            bar = tqdm(outcomes, total=len(files), unit="file", desc="make_shards", disable=quiet)
-            for number, (outcome, samples) in enumerate(bar):
+            for number, outcome in enumerate(_watched(outcomes, len(files), None if progress else True)):
+                if outcome.fingerprint in seen:
+                    outcome = replace(outcome, action="skipped", reason="the same as an earlier one", samples=())
+                elif outcome.fingerprint:
+                    seen.add(outcome.fingerprint)
                 counts[outcome.action] += 1
                 if outcome.reason:
                     reported += 1
-                    writer.report(path=outcome.file.path, action=outcome.action, reason=outcome.reason)
-                several = len(samples) > 1
-                for part, sample in enumerate(samples):
-                    labels[outcome.file.label] += 1
+                    last = outcome.reason
+                    where = {"path": outcome.file.path, **({"line": outcome.line} if outcome.line else {})}
+                    writer.report(**where, action=outcome.action, reason=outcome.reason)
+                several = len(outcome.samples) > 1
+                for part, sample in enumerate(outcome.samples):
+                    labels[int(sample.get(LABEL_EXTENSION, b"-1"))] += 1
                     writer.write(f"{number:09d}-{part:05d}" if several else f"{number:09d}", sample)
-                for name, amount in outcome.totals.items():
+                for name, amount in outcome.totals.items() if outcome.samples else ():
                     totals[name] = totals.get(name, 0) + amount
         if not labels.total():
-            raise UserError(
-                f"{corpus.folder}: none of the {len(files)} {corpus.noun} can be used (last: {outcome.reason})"
-            )
+            raise UserError(f"{corpus.folder}: none of the {len(files)} {corpus.noun} can be used (last: {last})")
         info = writer.finish(
             classes=tuple(corpus.classes),
             class_counts=tuple(labels[label] for label in range(len(corpus.classes))),
             totals={name: round(amount, 6) for name, amount in totals.items()},
+            tokenizer=dict(corpus.tokenizer),
             tool=f"megad2v {megad2v.__version__} make_shards {corpus.name}",
             settings={**asdict(corpus.options), "seed": seed, "max_shard_bytes": max_shard_bytes},
         )
     return Made(info, counts, reported, corpus.noun)
 
 
-class _Spooled:
-    """Samples of one file, kept on disk and read one at a time."""
-
-    def __init__(self, path: Path, samples: Sequence[Mapping[str, bytes]]) -> None:
-        self._path = path
-        self._sizes = [{kind: len(part) for kind, part in sample.items()} for sample in samples]
-        with path.open("wb") as file:
-            for sample in samples:
-                file.writelines(sample.values())
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def __iter__(self) -> Iterator[dict[str, bytes]]:
-        with self._path.open("rb") as file:
-            for sizes in self._sizes:
-                yield {kind: file.read(size) for kind, size in sizes.items()}
-        self._path.unlink()
+def _watched(outcomes: Iterator[Outcome], files: int, quiet: bool | None) -> Iterator[Outcome]:
+    """The same, with a progress bar that counts files: one may have any number of outcomes."""
+    with tqdm(total=files, unit="file", desc="make_shards", disable=quiet) as bar:
+        file: SourceFile | None = None
+        for outcome in outcomes:
+            bar.update(outcome.file != file)
+            file = outcome.file
+            yield outcome
 
 
-class _Result(NamedTuple):
-    outcome: Outcome
-    samples: Sequence[Mapping[str, bytes]] | _Spooled
-
-
-def _outcomes(corpus: Corpus, files: Sequence[SourceFile], workers: int, spool: Path) -> Iterator[_Result]:
-    """Results in the order of the files. Raises RuntimeError when a process is killed."""
+def _outcomes(corpus: Corpus, files: Sequence[SourceFile], workers: int, spool: Path) -> Iterator[Outcome]:
+    """In the order of the files. Raises RuntimeError when a process is killed."""
     if workers == 0:
         for file in files:
-            outcome = corpus.make_samples(corpus.folder, file, corpus.options)
-            yield _Result(outcome, outcome.samples)
+            yield from corpus.outcomes(file)
         return
     spool.mkdir()
-    light = replace(corpus, files=(), others=())  # it travels with each chunk
+    light = replace(corpus, files=(), others=(), tokenizer_files={})  # it travels with each chunk
     size = max(1, min(CHUNK, len(files) // (AHEAD * workers)))
     pool = ProcessPoolExecutor(workers, initializer=_ignore_interrupt)
     try:
-        pending: deque[tuple[SourceFile, Future[list[_Result]]]] = deque()
+        pending: deque[tuple[Sequence[SourceFile], Future[bytes | Path]]] = deque()
         for start in range(0, len(files), size):
             chunk = files[start : start + size]
-            pending.append((chunk[0], pool.submit(_several, light, chunk, spool)))
+            pending.append((chunk, pool.submit(_several, light, chunk, spool / str(start))))
             if len(pending) > AHEAD * workers:
                 yield from _result(*pending.popleft())
         while pending:
@@ -174,24 +173,58 @@ def _outcomes(corpus: Corpus, files: Sequence[SourceFile], workers: int, spool: 
         pool.shutdown(cancel_futures=True)
 
 
-def _result(first: SourceFile, future: Future[list[_Result]]) -> list[_Result]:
+def _result(files: Sequence[SourceFile], future: Future[bytes | Path]) -> Iterator[Outcome]:
     try:
-        return future.result()
+        packed = future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
-            f"a make_shards process was killed at about {first.path} (out of memory? try fewer --workers)"
+            f"a make_shards process was killed at about {files[0].path} (out of memory? try fewer --workers)"
         ) from error
+    if isinstance(packed, bytes):
+        yield from _unpack(files, io.BytesIO(packed))
+        return
+    with packed.open("rb") as stream:
+        yield from _unpack(files, stream)
+    packed.unlink()
 
 
-def _several(corpus: Corpus, files: Sequence[SourceFile], spool: Path) -> list[_Result]:
-    results: list[_Result] = []
-    for file in files:
-        outcome = corpus.make_samples(corpus.folder, file, corpus.options)
-        samples: Sequence[Mapping[str, bytes]] | _Spooled = outcome.samples
-        if sum(len(part) for sample in samples for part in sample.values()) > SPOOL_BYTES:
-            samples = _Spooled(spool / blake2b(file.path.encode("utf-8", "surrogateescape")).hexdigest()[:32], samples)
-        results.append(_Result(replace(outcome, samples=()), samples))
-    return results
+def _several(corpus: Corpus, files: Sequence[SourceFile], spool: Path) -> bytes | Path:
+    """What becomes of some files, packed: the bytes, or the file `spool` where they are many."""
+    stream: IO[bytes] = io.BytesIO()
+    try:
+        for number, file in enumerate(files):
+            for outcome in corpus.outcomes(file):
+                _pack(number, outcome, stream)
+                if isinstance(stream, io.BytesIO) and stream.tell() > SPOOL_BYTES:
+                    packed, stream = stream.getvalue(), spool.open("wb")
+                    stream.write(packed)
+        return stream.getvalue() if isinstance(stream, io.BytesIO) else spool
+    finally:
+        stream.close()
+
+
+def _pack(number: int, outcome: Outcome, stream: IO[bytes]) -> None:
+    """A line of JSON, then the bytes of the samples: an outcome at a time is in memory, however many there are."""
+    header = {
+        "file": number,
+        "action": outcome.action,
+        "reason": outcome.reason,
+        "totals": dict(outcome.totals),
+        "line": outcome.line,
+        "fingerprint": outcome.fingerprint.hex(),
+        "samples": [{kind: len(part) for kind, part in sample.items()} for sample in outcome.samples],
+    }
+    stream.write(json.dumps(header).encode() + b"\n")
+    for sample in outcome.samples:
+        stream.writelines(sample.values())
+
+
+def _unpack(files: Sequence[SourceFile], stream: IO[bytes]) -> Iterator[Outcome]:
+    while line := stream.readline():
+        header = json.loads(line)
+        samples = tuple({kind: stream.read(size) for kind, size in sizes.items()} for sizes in header.pop("samples"))
+        fingerprint = bytes.fromhex(header.pop("fingerprint"))
+        yield Outcome(files[header.pop("file")], samples=samples, fingerprint=fingerprint, **header)
 
 
 def _ignore_interrupt() -> None:

@@ -21,6 +21,7 @@ from webdataset import TarWriter
 from megad2v.data.format import (
     DATASET_FILE,
     INDEX_FOLDER,
+    TOKENIZER_FOLDER,
     WORKING_FOLDER,
     DatasetInfo,
     ShardInfo,
@@ -50,6 +51,7 @@ class DatasetWriter:
         self._out, self._prefix, self._modality, self._max_bytes = out, prefix, modality, max_bytes
         self._making = out / WORKING_FOLDER
         self._shards: list[ShardInfo] = []
+        self._attached: list[str] = []
         self._tar: TarWriter | None = None
         self._file: IO[bytes] | None = None
         self._bytes = self._samples = 0
@@ -91,6 +93,12 @@ class DatasetWriter:
         """Add a line to report.jsonl."""
         self._report.write(json.dumps(fields, ensure_ascii=True) + "\n")
 
+    def attach(self, path: str, content: bytes) -> None:
+        """Put a small file beside the shards."""
+        (self._making / path).parent.mkdir(parents=True, exist_ok=True)
+        (self._making / path).write_bytes(content)
+        self._attached.append(path)
+
     def finish(self, **about: Any) -> DatasetInfo:
         """Complete the last shard and move everything into place; `about` goes into DatasetInfo."""
         self._close_shard()
@@ -105,7 +113,8 @@ class DatasetWriter:
         (self._out / INDEX_FOLDER).mkdir(exist_ok=True)
         for path in (self._making / INDEX_FOLDER).iterdir():
             os.replace(path, self._out / INDEX_FOLDER / path.name)
-        for name in [shard.name for shard in self._shards] + [REPORT_FILE]:
+        for name in [shard.name for shard in self._shards] + [REPORT_FILE, *self._attached]:
+            (self._out / name).parent.mkdir(exist_ok=True)
             os.replace(self._making / name, self._out / name)
         write_dataset(self._out, info)
         return info
@@ -170,6 +179,8 @@ def _remove_old(out: Path, prefix: str) -> None:
     old = read_dataset(out)
     names = {shard.name for shard in old.shards} if old is not None else set()
     (out / DATASET_FILE).unlink(missing_ok=True)
+    if old is not None and old.tokenizer:
+        shutil.rmtree(out / TOKENIZER_FOLDER, ignore_errors=True)
     for path in [*out.glob(f"{prefix}-*.tar"), *(out / name for name in names)]:
         path.unlink(missing_ok=True)
         for index in (out / INDEX_FOLDER).glob(f"{path.stem}.*.npy"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -23,17 +23,22 @@ Action = Literal["copied", "converted", "skipped"]
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file to be turned into samples."""
+    """One file to be turned into samples, or a part of one."""
 
     path: str
     """Relative to the input folder, with forward slashes."""
     label: int
     """Class id, -1 without classes."""
 
+    @property
+    def name(self) -> str:
+        """What is unique in the corpus; the order in shards depends on it."""
+        return self.path
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one file."""
+    """What became of one file, or of one document where a file holds many."""
 
     file: SourceFile
     action: Action
@@ -43,6 +48,10 @@ class Outcome:
     """For each sample: extension -> bytes of its files. Empty when skipped."""
     totals: Mapping[str, float] = field(default_factory=dict)
     """What is summed over the data set, such as hours."""
+    line: int = 0
+    """Where in the file it begins, from 1; 0: it is the whole file."""
+    fingerprint: bytes = b""
+    """Of several outcomes with the same one only the first gets into shards. Empty: it is not compared."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +71,19 @@ class Corpus:
     """Files that are not taken at all."""
     why_not: str
     """The reason that is reported for `others`."""
-    make_samples: Callable[[Path, Any, Any], Outcome]
-    """(folder, one of `files`, `options`) -> what became of it."""
+    make_samples: Callable[[Path, Any, Any], Outcome | Iterator[Outcome]]
+    """(folder, one of `files`, `options`) -> what became of it; an iterator where it may not fit into memory."""
     options: Any
     """A dataclass; dataset.json names its fields."""
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    """What dataset.json says of the tokenizer."""
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
+    """Its files, which go beside the shards: name -> content."""
+
+    def outcomes(self, file: SourceFile) -> Iterator[Outcome]:
+        """What became of one of `files`, in order."""
+        made = self.make_samples(self.folder, file, self.options)
+        yield from (made,) if isinstance(made, Outcome) else made
 
 
 def find_files(folder: Path, extensions: Collection[str], what: str) -> tuple[list[str], list[str]]:
@@ -128,8 +146,8 @@ File = TypeVar("File", bound=SourceFile)
 
 
 def shuffled(files: Sequence[File], seed: int) -> list[File]:
-    """The files in an order that mixes classes and depends on paths and seed alone."""
-    return sorted(files, key=lambda file: blake2b(f"{seed}\x1f{file.path}".encode("utf-8", "surrogateescape")).digest())
+    """The files in an order that mixes classes and depends on names and seed alone."""
+    return sorted(files, key=lambda file: blake2b(f"{seed}\x1f{file.name}".encode("utf-8", "surrogateescape")).digest())
 
 
 def printable(path: str) -> str:

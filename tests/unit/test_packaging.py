@@ -81,10 +81,10 @@ def test_requirements(wheel: zipfile.ZipFile):
     core = {name.split("[")[0] for name in needed if "extra ==" not in name}
     assert any(name.startswith("torch>=") for name in core)
     assert any(name.startswith("Pillow>=") for name in core)
-    for heavy in ("torchaudio", "transformers", "mpi4py", "soundfile", "torchvision"):
+    for heavy in ("torchaudio", "transformers", "mpi4py", "soundfile", "sentencepiece", "torchvision"):
         assert not any(name.lower().startswith(heavy) for name in core), f"{heavy} belongs to an extra"
     extras = {name.rpartition("extra == ")[2].strip("\"'") for name in needed if "extra ==" in name}
-    assert extras == {"hf", "speech", "mpi", "torchaudio", "dev"}
+    assert extras == {"hf", "speech", "text", "mpi", "torchaudio", "dev"}
 
 
 def ask_setup(source: Path, python: Path, module: str, distribution: str) -> str:
