@@ -39,7 +39,7 @@ demo() { # corpus, recipe, steps
   python tools/convert_checkpoint.py --checkpoint "$out/$corpus" --to hf --output "$out/export/hf/$corpus"
 }
 demo image vision_tiny "$steps"
-demo speech speech_tiny $((steps / 2))
+demo speech speech_tiny $(((steps + 1) / 2))
 
 say "the demo took $((SECONDS - begin)) s; it left, of image and of speech,"
 cat <<EOF
@@ -51,6 +51,7 @@ Next:
   python tools/probe.py --checkpoint $out/image --train $out/shards/image/train --test $out/shards/image/valid
   python tools/make_shards.py image --input YOUR/IMAGES --output YOUR/SHARDS
   python tools/make_shards.py speech --input YOUR/RECORDINGS --output YOUR/SHARDS
-  deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json --data.shards YOUR/SHARDS --train.output_dir runs/mine
+  deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json --config vision_tiny --data.shards YOUR/SHARDS --train.output_dir runs/mine
+  deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json --config speech_tiny --data.shards YOUR/SHARDS --train.output_dir runs/mine
   python launch/pretrain.py --help
 EOF

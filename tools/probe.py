@@ -25,6 +25,7 @@ from megad2v.models.data2vec import Student
 from megad2v.models.initialise import initialise_
 
 ROWS = ("random", *WEIGHTS)
+BATCH_SIZES = {"vision": 64, "speech": 8}
 
 EPILOG = """\
 Shards need labels (KEY.cls) with the same class names in both sets (make_shards --classes). Images are resized by the
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--seed", type=int, metavar="N", help="of the random row and of the folds (default: the run's train.seed)"
     )
-    top.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at once (default: %(default)s)")
+    top.add_argument("--batch-size", type=int, metavar="N", help="samples at once (default: 64 images, 8 recordings)")
     top.add_argument("--workers", type=int, default=1, metavar="N", help="decoding processes (default: %(default)s)")
     top.add_argument(
         "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)"
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace) -> list[str]:
     if args.layer is not None and not 1 <= args.layer <= config.model.depth:
         raise UserError(f"--layer: expected 1 to {config.model.depth}, got {args.layer}")
     seed = config.train.seed if args.seed is None else args.seed
-    sets = [labelled_batches(pattern, config, args.batch_size, args.workers) for pattern in (args.train, args.test)]
+    batch_size = BATCH_SIZES[config.modality] if args.batch_size is None else args.batch_size
+    sets = [labelled_batches(pattern, config, batch_size, args.workers) for pattern in (args.train, args.test)]
     if any(a != b for a, b in zip(*(batches.classes for batches in sets))):  # one may have more classes
         raise UserError("--train and --test have different class names; make the test shards with --classes TRAIN")
     models = {name: _model(name, checkpoint, config, seed).to(device) for name in dict.fromkeys(args.weights)}

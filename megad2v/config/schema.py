@@ -96,7 +96,7 @@ class SpeechConfig:
     min_seconds: float = 2.0
     """Shorter recordings are left out (fairseq min_sample_size 32,000)."""
     max_seconds: float = 20.0
-    """Longer ones are cropped at random (fairseq max_sample_size 320,000)."""
+    """Longer ones are cropped, at random in training, to the middle elsewhere (fairseq max_sample_size 320,000)."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ class MaskConfig:
     (published: 120 of 196, 0.6122; fairseq: 75 of 196, 0.3827). For speech, ratio x frames / span spans are drawn,
     which overlap (0.65 hides about 0.49). 0 hides nothing, so nothing is learned: a control."""
     min_block: int = 4
-    """Smallest block in patches (BEiT fork and fairseq: 16 of 196). Where less than that is left of the budget, areas
-    between the two are drawn."""
+    """Images: smallest block in patches (BEiT fork and fairseq: 16 of 196). Where less than that is left of the budget,
+    areas between the two are drawn."""
     max_block: int | None = None
-    """Largest block in patches, and most patches that one block may newly hide; null: no limit, which is what the
-    published 196 of 196 comes to."""
+    """Images: largest block in patches, and most patches that one block may newly hide; null: no limit, which is what
+    the published 196 of 196 comes to."""
     min_aspect: float = 0.3
-    """Smallest height over width of a block; the largest is its inverse; log-uniform between (published: 0.3)."""
+    """Images: smallest height over width of a block; the largest its inverse; log-uniform between (published 0.3)."""
     span: int = 10
     """Speech: frames of a span (fairseq mask_length)."""
     min_spans: int = 1
@@ -276,9 +276,9 @@ class MicroBatchConfig:
     """Budget of one micro-batch: give exactly one."""
 
     samples: int | None = None
-    """Images (or sequences) in a micro-batch."""
+    """Images, or recordings, in a micro-batch."""
     tokens: int | None = None
-    """Text tokens in a micro-batch."""
+    """Text tokens in a micro-batch; for text, which cannot be trained on yet."""
     seconds: float | None = None
     """Seconds of audio in a micro-batch."""
 
@@ -303,7 +303,7 @@ class DataConfig:
     trace: bool = False
     """Write trace/rank*.jsonl: sample ids, crop and mask hashes of every micro-batch as consumed."""
     max_bad_fraction: float = 0.001
-    """The run stops when more than this fraction of the samples seen could not be decoded (after the first 1,000)."""
+    """The run stops when more than this fraction of the samples seen could not be used (after the first 1,000)."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from safetensors.torch import save_file
@@ -27,11 +26,7 @@ from megad2v.convert.card import model_card
 from megad2v.convert.certificate import certify, require_transformers
 from megad2v.convert.load import Weights, checkpoint_config, load_encoder
 from megad2v.errors import UserError
-from megad2v.modalities.speech import hf_keys as speech
-from megad2v.modalities.vision import hf_keys as vision
-
-KEY_MAPS: dict[str, ModuleType] = {"vision": vision, "speech": speech}
-"""How each modality's model is called there: see modalities/vision/hf_keys.py for what a key map offers."""
+from megad2v.modalities.build import HUGGING_FACE
 
 CERTIFICATE = "parity.json"
 
@@ -47,7 +42,7 @@ def export(
     check_output(output, overwrite=overwrite)
     require_transformers()
     config = checkpoint_config(checkpoint)
-    keys = KEY_MAPS[config.modality]
+    keys = HUGGING_FACE[config.modality]
     keys.check(config)
     student = load_encoder(checkpoint, weights)
     with written_aside(output) as aside:

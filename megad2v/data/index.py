@@ -40,6 +40,10 @@ MEASURES: dict[str, tuple[int, Callable[[bytes], int]]] = {
 }
 """Modality -> (how many first bytes of a file are looked at, its length from them)."""
 
+WHOLE: dict[str, Callable[[bytes], int]] = {"speech": speech.decoded_length}
+"""Modality -> the length of a whole file, for those whose first bytes do not say: decoded once, as the index is built,
+since samples of unknown length would share micro-batches with the longest, and all be cropped to the shortest."""
+
 NO_LABEL = -1
 UNREADABLE_LABEL = -2
 """A KEY.cls that is not a whole number: nothing for training, an error for a probe."""
@@ -255,6 +259,8 @@ def _assemble(found: list[tuple[str, _Parts]], modality: str, descriptor: int, s
         # Names that are not UTF-8 must still give ids that a JSON file can hold.
         name = key.encode("utf-8", "backslashreplace")[: np.iinfo(np.uint16).max]
         length = measure(os.pread(descriptor, min(size, head), offset)) if measure is not None else 0
+        if length == 0 and modality in WHOLE:
+            length = WHOLE[modality](os.pread(descriptor, size, offset))
         length = min(length, np.iinfo(np.uint32).max)
         records[i] = (offset, size, len(keys), length, part.label, len(name), KINDS.index(kind))
         keys += name

@@ -115,11 +115,22 @@ def in_order(total: int, size: int) -> list[list[Row]]:
 
 
 def _left_out(key: str, config: Config, lengths: np.ndarray, budget: LengthBudget) -> list[str]:
-    """A line about the recordings that are too short, if any. Raises UserError when all are."""
-    short = int(np.count_nonzero(budget.cropped(lengths) == 0))
-    seconds = config.speech.min_seconds
-    if short == len(lengths):
+    """A line about the recordings that are too short, one about those of unknown length, if any.
+
+    Raises UserError when all are too short.
+    """
+    short, unknown = int(np.count_nonzero(budget.cropped(lengths) == 0)), int(np.count_nonzero(lengths == 0))
+    seconds, total = config.speech.min_seconds, len(lengths)
+    if short == total:
         raise UserError(
             f"{key}: all {short} recordings are shorter than speech.min_seconds, {seconds:g}; lower it, or give others"
         )
-    return [f"{key}: {short} of {len(lengths)} recordings, shorter than {seconds:g} s, are left out"] if short else []
+    remarks = []
+    if short:
+        remarks.append(f"{key}: {short} of {total} recordings, shorter than {seconds:g} s, are left out")
+    if unknown:
+        remarks.append(
+            f"{key}: {unknown} of {total} recordings cannot be measured and count as speech.max_seconds; "
+            "tools/make_shards.py speech names what is wrong with them"
+        )
+    return remarks

@@ -16,19 +16,27 @@ import megad2v
 from megad2v.models.layers import APEX_LAYER_NORM
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes, and the project's git revision where it runs from a checkout."""
-    import PIL
-
-    pillow = "pillow-simd" if ".post" in PIL.__version__ else "Pillow"
+def versions(modality: str) -> dict[str, str]:
+    """Versions of what computes and decodes, and the project's git revision where it runs from a checkout."""
     return {
         "megad2v": megad2v.__version__,
         "git": git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
-        "image decoder": f"{pillow} {PIL.__version__}",
+        **_decoder(modality),
     }
+
+
+def _decoder(modality: str) -> dict[str, str]:
+    if modality == "vision":
+        import PIL
+
+        pillow = "pillow-simd" if ".post" in PIL.__version__ else "Pillow"
+        return {"image decoder": f"{pillow} {PIL.__version__}"}
+    import soundfile  # there, since it has read the shards
+
+    return {"audio decoder": f"soundfile {soundfile.__version__} ({soundfile.__libsndfile_version__})"}
 
 
 def git_revision() -> str:
@@ -62,6 +70,7 @@ def memory_estimate(
 
 def start_up_report(
     *,
+    modality: str,
     world: Any,
     precision: str,
     stage: int,
@@ -78,8 +87,9 @@ def start_up_report(
     ranks = f"ranks {world.size}" + (
         f" (data {world.data.size} x tensor {world.tensor.size})" if world.tensor.size > 1 else ""
     )
+    software = (f"{name} {version}" for name, version in versions(modality).items() if name != "megad2v")
     return [
-        f"megad2v {'  '.join(f'{name} {version}' for name, version in versions().items() if name != 'megad2v')}",
+        f"megad2v {'  '.join(software)}",
         f"host {socket.gethostname()}  {ranks}  device {device}  threads {torch.get_num_threads()}",
         f"recipe {recipe}  precision {precision}  ZeRO {stage}  attention torch SDPA  layer norm {norm}  peak {peak}",
         f"parameters: student {student:,}  teacher {teacher:,}  model state about {memory / 2**20:,.0f} MiB per rank",

@@ -29,7 +29,7 @@ class Batch:
     fingerprints: tuple[str, ...] = ()
     """Hex hash of each row's crop and mask, for `data.trace`."""
     dropped: tuple[tuple[str, str], ...] = field(default=())
-    """(sample id, reason) of the samples that could not be decoded."""
+    """(sample id, reason) of the samples that could not be used."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device` (asynchronously from pinned memory)."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from megad2v.config.schema import Config
+from megad2v.modalities.speech import hf_keys as speech_keys
 from megad2v.modalities.speech.front_end import SpeechFrontEnd
 from megad2v.modalities.speech.geometry import SAMPLE_RATE, frame_count, samples_needed
 from megad2v.modalities.speech.positions import ConvPositions
+from megad2v.modalities.vision import hf_keys as vision_keys
 from megad2v.modalities.vision.front_end import VisionFrontEnd
 from megad2v.models.data2vec import ObjectiveSpec, Student, Teacher
 from megad2v.models.encoder import Encoder
@@ -26,6 +29,9 @@ def _vision(config: Config) -> nn.Module:
 def _speech(config: Config) -> nn.Module:
     return SpeechFrontEnd(config.speech, config.model.width, config.model.norm_eps, INIT_SCHEMES[config.model.init])
 
+
+HUGGING_FACE: dict[str, ModuleType] = {"vision": vision_keys, "speech": speech_keys}
+"""How each modality's model is called there: see modalities/vision/hf_keys.py for what a key map offers."""
 
 FRONT_ENDS: dict[str, Callable[[Config], nn.Module]] = {"vision": _vision, "speech": _speech}
 

@@ -162,7 +162,7 @@ def _count_samples(run: Run, counts: StepCounts) -> None:
     seen = progress.samples + progress.dropped
     if seen >= BAD_SAMPLES_GRACE and progress.dropped > limit * seen:
         raise UserError(
-            f"data.max_bad_fraction: {progress.dropped} of {seen} samples could not be decoded, more than {limit:g} "
+            f"data.max_bad_fraction: {progress.dropped} of {seen} samples could not be used, more than {limit:g} "
             f"of them; {run.directory / QUARANTINE} names each"
         )
 

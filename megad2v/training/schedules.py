@@ -46,3 +46,16 @@ def _tri_stage(update: int, *, peak: float, steps: int, schedule: ScheduleConfig
         return peak
     into = min(update - warmup - hold, decay)
     return peak * math.exp(math.log(schedule.final_scale) * into / decay)
+
+
+def schedule_remarks(config: Config) -> list[str]:
+    """A line where the run is too short for its schedule, as a recipe's is when only train.steps is lowered."""
+    schedule, steps = config.schedule, config.train.steps
+    hold = int(schedule.hold_fraction * steps) if schedule.kind == "tri_stage" else 0
+    if schedule.warmup_steps + hold < steps:
+        return []
+    peak = "never reaches its peak" if schedule.warmup_steps >= steps else "never comes down"
+    return [
+        f"schedule: warm-up of {schedule.warmup_steps:,} of {steps:,} steps{f' and hold of {hold:,}' if hold else ''}: "
+        f"the learning rate {peak}; lower schedule.warmup_steps"
+    ]

@@ -36,11 +36,12 @@ from megad2v.metrics.flops import flops_per_sample, peak_flops
 from megad2v.metrics.logger import MetricsLogger, drop_later_lines
 from megad2v.metrics.report import memory_estimate, start_up_report
 from megad2v.metrics.throughput import SampleFlops, Throughput
-from megad2v.modalities.build import build_student, build_teacher, positions
+from megad2v.modalities.build import HUGGING_FACE, build_student, build_teacher, positions
 from megad2v.parallel.layers import layers_for
 from megad2v.teacher.ema import ShardedTeacher
 from megad2v.training.loop import Run
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords
+from megad2v.training.schedules import schedule_remarks
 from megad2v.training.state import check_resumable, initialise_from, load
 
 T = TypeVar("T")
@@ -100,6 +101,7 @@ def _report(run: Run, ds: dict[str, Any], *, precision: str, recipe: str, peak: 
     """Lines for people: what runs, on what, and what of the settings has no effect."""
     engine, world, resident = run.engine, run.world, run.config.teacher.resident
     lines = start_up_report(
+        modality=run.config.modality,
         world=world,
         precision=precision,
         stage=engine.state.stage,
@@ -118,6 +120,11 @@ def _report(run: Run, ds: dict[str, Any], *, precision: str, recipe: str, peak: 
         peak=peak,
     )
     lines += run.loader.remarks + (run.valid.remarks if run.valid is not None else [])
+    lines += schedule_remarks(run.config)
+    try:
+        HUGGING_FACE[run.config.modality].check(run.config)
+    except UserError as error:
+        lines.append(f"tools/convert_checkpoint.py --to hf will refuse this run: {error}")
     if resident and engine.state.stage < 3:
         lines.append("teacher.resident: below ZeRO-3 the teacher's weights are whole anyway; it changes nothing")
     if zero_stage(ds) == 0:

@@ -87,7 +87,7 @@ def save(
         },
         config=asdict(config),
         layout={"ranks": world.size, "zero_stage": engine.state.stage, "tensor_parallel": config.parallel.tensor},
-        code=versions(),
+        code=versions(config.modality),
     )
 
 

@@ -168,7 +168,7 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str], monkeypatch
     words = " ".join(capsys.readouterr().out.split())
     for key in known_keys():
         assert f"--{key} " in words, key
-    for text in ("Shards that are shuffled together", "M: micro-batches of one update", "Smallest block in patches"):
+    for text in ("Shards that are shuffled together", "M: micro-batches of one update", "smallest block in patches"):
         assert text in words, "the docstrings of the schema are what --help prints"
 
 

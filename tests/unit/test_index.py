@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -175,3 +176,21 @@ def test_empty_tar(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", [])
     assert len(load_or_build(tar, "vision")) == 0
     assert len(load_or_build(tar, "vision")) == 0, "also from its stored index"
+
+
+def test_recordings_whose_header_does_not_say_are_decoded_once(tmp_path: Path) -> None:
+    """A FLAC written into a pipe states no length; unknown ones would be cropped to the shortest of a micro-batch."""
+    soundfile = pytest.importorskip("soundfile")
+    whole = io.BytesIO()
+    soundfile.write(whole, np.random.default_rng(1).normal(0, 0.1, 24_000), 16_000, format="FLAC", subtype="PCM_16")
+    data = bytearray(whole.getvalue())
+    assert data[:4] == b"fLaC"
+    data[21] &= 0xF0  # STREAMINFO's 36 bits of total samples, to "unknown"
+    data[22:26] = bytes(4)
+    tar = tmp_path / "a.tar"
+    with tarfile.open(tar, "w") as file:
+        for name, content in (("stated.flac", whole.getvalue()), ("unstated.flac", bytes(data)), ("bad.flac", b"fLaC")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    assert build(tar, "speech").records["length"].tolist() == [24_000, 24_000, 0]

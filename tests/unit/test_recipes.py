@@ -47,7 +47,7 @@ SIZES = {
     "vision_tiny": Size(1_233_040, 1_216_528, 32, 38),
     # fairseq's own counts (spec 1.4); 16 x 3.8 and 24 x 3.4 million samples.
     "speech_base": Size(93_754_880, 88_561_920, 3800, None),
-    "speech_audioset": Size(93_754_880, 88_561_920, 5100, None),
+    "speech_audioset": Size(93_754_880, 88_561_920, 5670, None),
     "speech_large": Size(314_326_016, 308_542_464, 3800, None),
     "speech_tiny": Size(1_379_968, 1_287_808, 32, None),
 }

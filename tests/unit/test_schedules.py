@@ -13,7 +13,7 @@ import pytest
 from megad2v.config.load import load_config
 from megad2v.config.schema import Config, OptimizerConfig, ScheduleConfig, TeacherConfig, TrainConfig
 from megad2v.teacher.schedule import decay_at
-from megad2v.training.schedules import learning_rate, rates_at
+from megad2v.training.schedules import learning_rate, rates_at, schedule_remarks
 from tests.tolerances import DOUBLE
 
 Values = npt.NDArray[np.float64]
@@ -238,3 +238,19 @@ def test_decay_of_the_teacher_at_every_update(recipe: str, start: float, end: fl
     assert_equal_everywhere(curve, theirs, 1.0)
     assert curve[0] == pytest.approx(start + (end - start) / steps, rel=1e-15)
     assert curve[-1] == end
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "said"),
+    [
+        ("cosine", 50, None),
+        ("cosine", 100, "warm-up of 100 of 100 steps: the learning rate never reaches its peak"),
+        ("tri_stage", 9, None),
+        ("tri_stage", 10, "warm-up of 10 of 100 steps and hold of 90: the learning rate never comes down"),
+        ("tri_stage", 120, "never reaches its peak"),
+    ],
+)
+def test_runs_that_are_too_short_for_their_schedule(kind: str, warmup: int, said: str | None) -> None:
+    config = Config(schedule=ScheduleConfig(kind=kind, warmup_steps=warmup), train=TrainConfig(steps=100))
+    remarks = schedule_remarks(config)
+    assert (remarks == []) if said is None else said in remarks[0]

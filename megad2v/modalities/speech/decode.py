@@ -151,6 +151,14 @@ def frame_count(head: bytes) -> int:
     return resampled_length(frames, rate) if rate in RATES else 0
 
 
+def decoded_length(data: bytes) -> int:
+    """Samples at 16 kHz of a whole file, by decoding it; 0 where it cannot be, or where no decoder is installed."""
+    try:
+        return len(read_waveform(data))
+    except (BadSample, UserError):
+        return 0
+
+
 def _flac_length(head: bytes) -> tuple[int, int]:
     """(samples, rate) from STREAMINFO, which is always the first block (RFC 9639, section 8.2); 0 samples: unknown."""
     (packed,) = struct.unpack_from(">Q", head, 18)  # rate 20 bits, channels 3, bits per sample 5, samples 36
