@@ -35,7 +35,7 @@ BLOCK = 512
 
 MEASURES: dict[str, tuple[int, Callable[[bytes], int]]] = {
     "vision": (vision.HEADER_BYTES, vision.pixel_count),
-    "speech": (speech.HEADER_BYTES, speech.frame_count),
+    "speech": (speech.HEADER_BYTES, speech.header_length),
     "text": (text.HEADER_BYTES, text.token_count),
 }
 """Modality -> (how many first bytes of a file are looked at, its length from them)."""

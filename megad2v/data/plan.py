@@ -15,7 +15,7 @@ from megad2v.data.buckets import BucketPlan, LengthBudget, grouped_in_order
 from megad2v.data.order import SampleOrder
 from megad2v.data.shardset import ShardSet
 from megad2v.errors import UserError
-from megad2v.modalities.speech.geometry import SAMPLE_RATE
+from megad2v.modalities.speech.geometry import sample_count
 
 Row = tuple[int, int]
 """(epoch, sample index)."""
@@ -73,10 +73,10 @@ def length_budget(config: Config) -> LengthBudget | None:
         return None
     speech, budget = config.speech, config.data.micro_batch
     return LengthBudget(
-        shortest=round(speech.min_seconds * SAMPLE_RATE),
-        longest=round(speech.max_seconds * SAMPLE_RATE),
+        shortest=sample_count(speech.min_seconds),
+        longest=sample_count(speech.max_seconds),
         samples=budget.samples,
-        total=round((budget.seconds or 0) * SAMPLE_RATE),
+        total=sample_count(budget.seconds or 0),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megad2v.config.schema import Config
 from megad2v.modalities.speech import hf_keys as speech_keys
 from megad2v.modalities.speech.front_end import SpeechFrontEnd
-from megad2v.modalities.speech.geometry import SAMPLE_RATE, frame_count, samples_needed
+from megad2v.modalities.speech.geometry import frame_count, sample_count, samples_needed
 from megad2v.modalities.speech.positions import ConvPositions
 from megad2v.modalities.vision import hf_keys as vision_keys
 from megad2v.modalities.vision.front_end import VisionFrontEnd
@@ -39,7 +39,7 @@ FRONT_ENDS: dict[str, Callable[[Config], nn.Module]] = {"vision": _vision, "spee
 def positions(config: Config) -> int:
     """T: maskable positions of one sample (patches of an image), the most where samples differ (frames of a crop)."""
     if config.modality == "speech":
-        return frame_count(int(config.speech.max_seconds * SAMPLE_RATE), config.speech.conv_layers)
+        return frame_count(sample_count(config.speech.max_seconds), config.speech.conv_layers)
     return (config.vision.image_size // config.vision.patch_size) ** 2
 
 

@@ -17,11 +17,11 @@ from scipy.signal import resample_poly
 from megad2v.modalities.sample import BadSample
 from megad2v.modalities.speech.decode import (
     HEADER_BYTES,
-    SAMPLE_RATE,
-    frame_count,
+    header_length,
     read_waveform,
     resampled_length,
 )
+from megad2v.modalities.speech.geometry import SAMPLE_RATE
 from tests import tolerances
 
 soundfile = pytest.importorskip("soundfile")
@@ -101,7 +101,7 @@ def test_length_from_header(rate: int, channels: int, kind: str, subtype: str) -
     listed = subtype == "list"
     data = audio(noise(4_321, channels), rate, kind, None if listed else subtype)
     data = with_list_chunk(data) if listed else data
-    assert frame_count(data[:HEADER_BYTES]) == resampled_length(4_321, rate) == len(read_waveform(data))
+    assert header_length(data[:HEADER_BYTES]) == resampled_length(4_321, rate) == len(read_waveform(data))
 
 
 def test_length_unknown() -> None:
@@ -113,7 +113,7 @@ def test_length_unknown() -> None:
     rate_zero = wav[:24] + bytes(4) + wav[28:]
     broken = (b"", b"fLaC", b"RIFF1234WAVE", wav[:30], b"junk" * 99, flac[:20])
     for head in (piped, unsaid, adpcm, far, rate_zero, *broken):
-        assert frame_count(head) == 0
+        assert header_length(head) == 0
     for whole in (piped, unsaid):
         assert np.array_equal(read_waveform(whole), read_waveform(flac))
 
@@ -165,7 +165,7 @@ def test_without_the_libraries(tmp_path: Path) -> None:
     program = REFUSE + (
         "from pathlib import Path; from megad2v.data import index\n"
         "from megad2v.errors import UserError; from megad2v.modalities.speech.decode import *\n"
-        "data = Path(sys.argv[1]).read_bytes(); print(frame_count(data))\n"
+        "data = Path(sys.argv[1]).read_bytes(); print(header_length(data))\n"
         "try: read_waveform(data)\n"
         "except UserError as error: print(error)\n"
     )

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megad2v.modalities.speech.decode import SAMPLE_RATE, audio_library
+from megad2v.modalities.speech.decode import audio_library
+from megad2v.modalities.speech.geometry import SAMPLE_RATE
 
 Pcm = npt.NDArray[np.int16]
 

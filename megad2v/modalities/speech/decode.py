@@ -19,11 +19,10 @@ import numpy.typing as npt
 
 from megad2v.errors import UserError
 from megad2v.modalities.sample import BadSample
+from megad2v.modalities.speech.geometry import SAMPLE_RATE
 
 Waveform = npt.NDArray[np.float32]
 
-SAMPLE_RATE = 16_000
-"""Hz: what data2vec, wav2vec 2.0 and HuBERT are trained on (spec 1)."""
 RESAMPLING = "HQ"
 """soxr's quality: 20 bits, flat to 0.91 of the band. "VHQ" would cost half as much again for noise below 16 bits."""
 RATES = range(4_000, 768_001)
@@ -142,7 +141,7 @@ def is_unknown(size: int) -> bool:
     return any(size in sizes for sizes in UNKNOWN_SIZES)
 
 
-def frame_count(head: bytes) -> int:
+def header_length(head: bytes) -> int:
     """Samples at 16 kHz, from the first bytes of a FLAC or WAV file; 0 when they do not say. Needs no library."""
     try:
         frames, rate = _flac_length(head) if head[:4] == b"fLaC" else _wav_length(head)

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megad2v.errors import UserError
-from megad2v.modalities.speech.decode import RESAMPLING, SAMPLE_RATE, audio_library
+from megad2v.modalities.speech.decode import RESAMPLING, audio_library
+from megad2v.modalities.speech.geometry import SAMPLE_RATE
 
 PROGRAM = "espeak-ng"
 LANGUAGE = "eo"

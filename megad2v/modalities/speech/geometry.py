@@ -7,6 +7,12 @@ from collections.abc import Sequence
 SAMPLE_RATE = 16_000
 """Samples per second of every waveform that a model sees."""
 
+
+def sample_count(seconds: float) -> int:
+    """Samples of a duration."""
+    return round(seconds * SAMPLE_RATE)
+
+
 ConvLayer = tuple[int, int, int]
 """(channels, kernel, stride)."""
 

@@ -15,7 +15,6 @@ from megad2v.errors import UserError
 from megad2v.modalities.sample import BadSample
 from megad2v.modalities.speech.decode import (
     RESAMPLING,
-    SAMPLE_RATE,
     Waveform,
     audio_library,
     check_rate,
@@ -25,6 +24,7 @@ from megad2v.modalities.speech.decode import (
     mono,
     sound_file,
 )
+from megad2v.modalities.speech.geometry import SAMPLE_RATE
 
 DECODERS = ("soundfile", "torchaudio")
 BLOCK_VALUES = 2**19

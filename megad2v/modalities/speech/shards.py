@@ -15,7 +15,7 @@ from megad2v.errors import UserError
 from megad2v.modalities.corpus import Corpus, Outcome, SourceFile, class_folders, find_files, label_ids, printable
 from megad2v.modalities.sample import BadSample
 from megad2v.modalities.speech.cutting import Pcm, Pieces
-from megad2v.modalities.speech.decode import SAMPLE_RATE
+from megad2v.modalities.speech.geometry import SAMPLE_RATE
 from megad2v.modalities.speech.recording import DECODERS, Recording, open_recording, require_decoder
 from megad2v.modalities.speech.transcripts import find_transcripts
 

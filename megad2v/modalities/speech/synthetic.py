@@ -21,12 +21,12 @@ import numpy.typing as npt
 from megad2v.modalities.demo import in_processes, write_demo
 from megad2v.modalities.draws import generator
 from megad2v.modalities.speech import espeak
+from megad2v.modalities.speech.geometry import SAMPLE_RATE
 from megad2v.modalities.speech.language import LEXICON, PAUSE, Sound, sentence, sounds_of
 from megad2v.modalities.speech.transcripts import TABLE
 
 Floats = npt.NDArray[np.float64]
 
-SAMPLE_RATE = 16_000
 SHORTEST, LONGEST = 2.0, 4.0
 """Range of clips in seconds."""
 HOP, WINDOW, SPECTRUM = 80, 320, 1024

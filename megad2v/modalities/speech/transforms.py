@@ -18,7 +18,7 @@ from megad2v.modalities.batch import Batch
 from megad2v.modalities.draws import generator
 from megad2v.modalities.sample import BadSample, Mode
 from megad2v.modalities.speech.decode import Waveform, read_waveform
-from megad2v.modalities.speech.geometry import SAMPLE_RATE, frame_count, samples_needed
+from megad2v.modalities.speech.geometry import SAMPLE_RATE, frame_count, sample_count, samples_needed
 from megad2v.modalities.speech.masking import BoolFrames, equal_counts, span_mask
 
 NORMALISE_EPS = 1e-5
@@ -50,11 +50,6 @@ def window(waveform: Waveform, size: int, place: float) -> Waveform:
     """
     start = int(place * (len(waveform) - size + 1))
     return waveform[start : start + size]
-
-
-def sample_count(seconds: float) -> int:
-    """Samples of a duration."""
-    return round(seconds * SAMPLE_RATE)
 
 
 class SpeechTransform:
