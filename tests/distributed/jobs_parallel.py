@@ -78,7 +78,7 @@ class _Watch:
         block = student.encoder.blocks[-1]  # earlier ones have a lower rate of drop path
         self.seen: dict[str, Tensor] = {}
         block.attention.output.register_forward_pre_hook(lambda _, args: self._keep("context", args[0]))
-        # The branch behind drop path is what targets.tensor "ffn" asks for; the block's output comes first all the same.
+        # The branch behind drop path is what targets.tensor "ffn" asks for; the output comes first all the same.
         block.register_forward_pre_hook(lambda _, args: (*args[:2], "ffn"))
         block.register_forward_hook(lambda _, args, out: self._keep_all(input=args[0], output=out[0], branch=out[1]))
 
