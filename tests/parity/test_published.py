@@ -39,7 +39,8 @@ from tests.distributed.harness import run_ranks
 from tests.tolerances import REFERENCE, REFERENCE_GRADIENT, SPREAD
 
 VECTORS = Path(__file__).parent / "vectors"
-HEADS = 4
+SHAPE = Config(model=ModelConfig(heads=4))
+"""As far as key maps ask for it."""
 Tensors = dict[str, torch.Tensor]
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -116,7 +117,7 @@ def ours(tensors: Tensors, prefix: str) -> Tensors:
     """The tensors behind `prefix`, which are a state dict of the program, under our names."""
     prefix += "."
     found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return from_beit(found, heads=HEADS)
+    return from_beit(found, SHAPE)
 
 
 def close(mine: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
@@ -151,7 +152,7 @@ def runs(vectors: tuple[dict[str, Any], Tensors]) -> dict[str, dict[str, Any]]:
         loss_sum, prediction, target = student(tensors["inputs.0.images"], mask, teacher)
         loss = loss_sum / mask.sum()
         loss.backward()
-        gradients = to_beit({n: p.grad for n, p in student.named_parameters()}, heads=HEADS)
+        gradients = to_beit({n: p.grad for n, p in student.named_parameters()}, SHAPE)
         gradients.pop(INDEX)
         out[case] = {
             "kept": kept,
@@ -218,7 +219,7 @@ def test_weight_decay_groups(scope: str, vectors: Any) -> None:
         (name in averaged for name in names.values()), reverse=True
     )
     decayed = {names[id(p)] for group in groups for p in group["params"] if group["weight_decay"] > 0}
-    theirs = to_beit({n: p.detach() for n, p in student.named_parameters() if n in decayed}, heads=HEADS)
+    theirs = to_beit({n: p.detach() for n, p in student.named_parameters() if n in decayed}, SHAPE)
     assert theirs.keys() - {INDEX} == set(description["training"]["decayed"])
     everything = optimizer_groups(student, averaged, weight_decay=0.05, decay_all=True)
     assert all(group["weight_decay"] == 0.05 for group in everything)
@@ -282,7 +283,7 @@ def test_initial_values(vectors: Any) -> None:
     size = {key: initial[key] for key in ("embed_dim", "depth", "mlp_ratio")}
     student = build_student(published_config(vectors[0]["config"] | size))
     initialise_(student, 1)
-    mine = to_beit({name: p.detach() for name, p in student.named_parameters()}, heads=HEADS)
+    mine = to_beit({name: p.detach() for name, p in student.named_parameters()}, SHAPE)
     mine.pop(INDEX)
     assert mine.keys() == initial["std_and_largest"].keys()
     for name, (std, largest) in initial["std_and_largest"].items():
@@ -299,10 +300,10 @@ def test_initial_values(vectors: Any) -> None:
 def test_keys_there_and_back(vectors: Any) -> None:
     """Every tensor of its state dict, the position index included, and nothing else."""
     tensors = {n.removeprefix("student."): v for n, v in vectors[1].items() if n.startswith("student.")}
-    again = to_beit(from_beit(tensors, heads=HEADS), heads=HEADS)
+    again = to_beit(from_beit(tensors, SHAPE), SHAPE)
     assert torch.equal(again.pop(INDEX), vectors[1]["position_index"])
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[name], value) for name, value in tensors.items())
     for other in ("pos_embed", "blocks.0.attn.relative_position_bias_table", "blocks.0.attn.relative_position_index"):
         with pytest.raises(UserError, match=f"{other}: our vision model has no such parameter"):
-            from_beit({**tensors, other: torch.zeros(2, 2)}, heads=HEADS)
+            from_beit({**tensors, other: torch.zeros(2, 2)}, SHAPE)

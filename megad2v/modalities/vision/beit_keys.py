@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from megad2v.config.schema import Config
 from megad2v.errors import UserError
 from megad2v.modalities.vision.fairseq_keys import from_fairseq, to_fairseq
 
@@ -30,22 +31,22 @@ INDEX = "rel_pos_bias.relative_position_index"
 """A buffer, the same for every model of a grid: read past, and written from the grid."""
 
 
-def to_beit(parameters: Mapping[str, Tensor], *, heads: int) -> dict[str, Tensor]:
+def to_beit(parameters: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The program's state dict of a student's (or, without the head, a teacher's) parameters. Tensors keep their dtype,
     and any linear quantity of theirs may be mapped. Raises KeyError for a parameter that has no counterpart."""
     prefixes = {fairseq: beit for beit, fairseq in _PREFIXES.items()}
     whole = {fairseq: beit for beit, fairseq in _WHOLE.items()}
     layers = {fairseq: beit for beit, fairseq in _LAYERS.items()}
-    fairseq = to_fairseq(parameters, heads=heads)
+    fairseq = to_fairseq(parameters, config)
     return {_rename(name, whole, prefixes, layers): value for name, value in fairseq.items()}
 
 
-def from_beit(state: Mapping[str, Tensor], *, heads: int) -> dict[str, Tensor]:
+def from_beit(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Our parameters from such a state dict. Raises UserError for a tensor that has no place in our model, such as
     absolute positions or a bias table per block, which other BEiT models have."""
     renamed = {_rename(name, _WHOLE, _PREFIXES, _LAYERS): name for name in state if name != INDEX}
-    ours = from_fairseq({fairseq: state[beit] for fairseq, beit in renamed.items()}, heads=heads)
-    placed = to_beit(ours, heads=heads)
+    ours = from_fairseq({fairseq: state[beit] for fairseq, beit in renamed.items()}, config)
+    placed = to_beit(ours, config)
     for name in state:
         if name not in placed and name != INDEX:
             raise UserError(f"{name}: our vision model has no such parameter")
