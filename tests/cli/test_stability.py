@@ -46,7 +46,19 @@ def test_a_run_that_collapses_stops(demo_shards: Path, tmp_path: Path) -> None:
     alike. keep_last lets go of all but one checkpoint; stopping deletes none."""
     run = tmp_path / "run"
     flags = ["--teacher.decay_start", "0", "--teacher.decay_end", "0", "--optimizer.lr", "0.1", "--train.steps", "400"]
-    flags += ["--verdict.std_after", "100", "--train.save_every", "20", "--train.log_every", "10"]
+    # fairseq's numerics, with neither a head nor a norm per layer: the published ones are harder to break.
+    flags += ["--model.head_layers", "0", "--targets.layer_norm", "none", "--loss.scale", "rsqrt_width"]
+    flags += ["--teacher.scope", "encoder", "--model.layer_scale", "1", "--model.init", "fairseq"]
+    flags += [
+        "--model.drop_path",
+        "0",
+        "--verdict.std_after",
+        "100",
+        "--train.save_every",
+        "20",
+        "--train.log_every",
+        "10",
+    ]
     said = _said(_train(PYTHON, demo_shards, run, *flags, "--train.keep_last", "5"))
     found = re.search(r"stopped at step (\d+): collapse: (target|pred)_std (\S+), .*; since step (\d+)\.", said)
     assert found is not None, said
