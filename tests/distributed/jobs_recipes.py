@@ -48,6 +48,7 @@ def small(recipe: str, ranks: int, shards: dict[str, str], output: str) -> Confi
         train__steps=1,
         train__micro_batches_per_step=ranks,
         train__init=None,
+        train__init_teacher="teacher",
         train__log_every=1,
         train__tensorboard=False,
         train__output_dir=output,
