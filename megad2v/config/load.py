@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from megad2v.config.schema import Config
-from megad2v.config.tree import is_retired, nearest
+from megad2v.config.tree import RETIRED, nearest
 from megad2v.config.validate import validate
 from megad2v.errors import UserError
 
@@ -177,7 +177,9 @@ def _refuse_unknown_keys(source: str) -> None:
     def check(tree: dict[str, Any], prefix: str) -> None:
         for key, value in tree.items():
             path = f"{prefix}{key}"
-            if path not in known and not is_retired(path, value):
+            if path in RETIRED:
+                raise UserError(f"{path}: is gone, model.init has taken its place; delete it from {source}")
+            if path not in known:
                 raise UserError(f"{path}: unknown key in {source}{_hint(path, known)}")
             if path in sections:
                 if not isinstance(value, dict):

@@ -14,8 +14,9 @@ from megad2v.errors import UserError
 T = TypeVar("T")
 
 RETIRED: dict[str, Any] = {"vision.token_init_mean": 0.02, "vision.token_init_std": 1.0}
-"""Keys that `model.init` has replaced, with the values that its default, fairseq, stands for. Checkpoints and
-configurations of old runs have them; they are passed over at these values, and refused at others."""
+"""Keys that `model.init` has replaced, with the values that its default, fairseq, stands for. Checkpoints of old runs
+have them: they are passed over at these values, and refused at others. In a file that a person can edit they are
+refused with what to do."""
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
@@ -27,7 +28,7 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
     return _dataclass(Config, tree, "")
 
 
-def is_retired(key: str, value: Any) -> bool:
+def _is_retired(key: str, value: Any) -> bool:
     """Whether `key` is one that is gone, at the value that is still what happens. Raises UserError at another one."""
     if key not in RETIRED:
         return False
@@ -51,7 +52,7 @@ def _dataclass(kind: type[T], tree: Any, path: str) -> T:
     hints = get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
     for key, value in tree.items():
-        if key not in names and not is_retired(_join(path, key), value):
+        if key not in names and not _is_retired(_join(path, key), value):
             near = nearest(str(key), names)
             known = f"did you mean {_join(path, near)}?" if near else f"known here: {', '.join(names)}"
             raise UserError(f"{_join(path, key)}: unknown key; {known}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
+from megad2v.config.load import load_config
 from megad2v.config.schema import (
     Config,
     DataConfig,
@@ -93,3 +95,10 @@ def test_keys_that_are_gone_are_passed_over_at_the_values_they_stood_for() -> No
     tree["vision"]["token_init_std"] = 0.02
     with pytest.raises(UserError, match=r"vision\.token_init_std: is gone, 0\.02 with it; see model\.init"):
         config_from_dict(tree)
+
+
+def test_keys_that_are_gone_are_named_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("vision: {token_init_mean: 0.02}\n")
+    with pytest.raises(UserError, match=r"token_init_mean: is gone, model\.init has taken its place; delete it"):
+        load_config(str(path))
