@@ -23,7 +23,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megad2v.config.deepspeed_json import fill_deepspeed, read_deepspeed_json
-from megad2v.config.schema import Config, ModelConfig, OptimizerConfig, SpeechConfig, TargetsConfig, TrainConfig
+from megad2v.config.modalities import SpeechConfig
+from megad2v.config.schema import Config, ModelConfig, OptimizerConfig, TargetsConfig, TrainConfig
 from megad2v.engine import distributed
 from megad2v.engine.distributed import World
 from megad2v.modalities.speech.geometry import frame_count

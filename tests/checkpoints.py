@@ -14,16 +14,8 @@ from torch import Tensor, nn
 
 from megad2v.checkpoint.catalog import step_directory
 from megad2v.checkpoint.layout import INDEX, FileRecord, Index, Piece, file_digest
-from megad2v.config.schema import (
-    Config,
-    LossConfig,
-    ModelConfig,
-    SpeechConfig,
-    TargetsConfig,
-    TeacherConfig,
-    TrainConfig,
-    VisionConfig,
-)
+from megad2v.config.modalities import SpeechConfig, VisionConfig
+from megad2v.config.schema import Config, LossConfig, ModelConfig, TargetsConfig, TeacherConfig, TrainConfig
 from megad2v.modalities.build import build_student, build_teacher
 from megad2v.models.initialise import initialise_
 

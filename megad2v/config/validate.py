@@ -9,7 +9,11 @@ from typing import Any
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
 
-BUDGETS = {"vision": ("images", ("samples",)), "speech": ("recordings", ("seconds", "samples"))}
+BUDGETS = {
+    "vision": ("images", ("samples",)),
+    "speech": ("recordings", ("seconds", "samples")),
+    "text": ("rows of text", ("tokens", "samples")),
+}
 """What a micro-batch may be measured by."""
 
 
@@ -51,7 +55,7 @@ def _model(config: Config) -> list[str]:
             problems.append(f"model.{key}: expected a probability in [0, 1), got {getattr(model, key)}")
     if model.deep_norm and model.norm != "post":
         problems.append("model.deep_norm: scales the residual stream before post-norms; set model.norm post")
-    return problems + (_speech(config) if config.modality == "speech" else _vision(config))
+    return problems + {"vision": _vision, "speech": _speech, "text": _text}[config.modality](config)
 
 
 def _vision(config: Config) -> list[str]:
@@ -84,9 +88,29 @@ def _speech(config: Config) -> list[str]:
         problems.append("speech.position_depth and speech.position_kernel must be at least 1")
     if speech.position_groups < 1 or model.width % speech.position_groups:
         problems.append(f"speech.position_groups: {speech.position_groups} does not divide model.width {model.width}")
-    if model.relative_bias:
-        problems.append("model.relative_bias: is a table over a grid of patches; speech has none, set it false")
-    return problems
+    return problems + _no_grid(config)
+
+
+def _text(config: Config) -> list[str]:
+    text, mask, problems = config.text, config.mask, []
+    if text.vocabulary is not None and text.vocabulary < 6:
+        problems.append(f"text.vocabulary: five ids are special, so at least 6, got {text.vocabulary}")
+    if text.max_tokens < 8:
+        problems.append(f"text.max_tokens: expected at least 8, got {text.max_tokens}")
+    if min(mask.random, mask.kept) < 0 or mask.random + mask.kept > 1:
+        problems.append(
+            "mask.random and mask.kept: expected two fractions of the chosen positions, at most 1 together, "
+            f"got {mask.random:g} and {mask.kept:g}"
+        )
+    if text.loss_on == "mask" and mask.random + mask.kept == 1:
+        problems.append("text.loss_on: mask, but mask.random + mask.kept is 1, so the student never sees `<mask>`")
+    return problems + _no_grid(config)
+
+
+def _no_grid(config: Config) -> list[str]:
+    if not config.model.relative_bias:
+        return []
+    return [f"model.relative_bias: is a table over a grid of patches; {config.modality} has none, set it false"]
 
 
 def _objective(config: Config) -> list[str]:
@@ -234,13 +258,23 @@ def _data(config: Config) -> list[str]:
         problems.append(
             f"mask.span must be at least 1 and mask.min_spans at least 0, got {mask.span} and {mask.min_spans}"
         )
-    return problems + (_lengths(config) if config.modality == "speech" else [])
-
-
-def _lengths(config: Config) -> list[str]:
-    data, speech, problems = config.data, config.speech, []
     if data.bucket_ratio <= 1:
         problems.append(f"data.bucket_ratio: longest over shortest of a bucket, more than 1, got {data.bucket_ratio}")
+    lengths = {"speech": _speech_lengths, "text": _text_lengths}.get(config.modality)
+    return problems + (lengths(config) if lengths else [])
+
+
+def _text_lengths(config: Config) -> list[str]:
+    tokens, longest = config.data.micro_batch.tokens, config.text.max_tokens
+    if tokens is None or tokens >= longest:
+        return []
+    return [
+        f"data.micro_batch.tokens: {tokens} cannot hold one row of text.max_tokens ({longest}); raise it, or lower that"
+    ]
+
+
+def _speech_lengths(config: Config) -> list[str]:
+    data, speech, problems = config.data, config.speech, []
     if not 0 < speech.min_seconds <= speech.max_seconds:
         problems.append(
             "speech.min_seconds and max_seconds: expected 0 < min <= max, "

@@ -34,6 +34,8 @@ def _decoder(modality: str) -> dict[str, str]:
 
         pillow = "pillow-simd" if ".post" in PIL.__version__ else "Pillow"
         return {"image decoder": f"{pillow} {PIL.__version__}"}
+    if modality == "text":  # read as it is
+        return {}
     import soundfile  # there, since it has read the shards
 
     return {"audio decoder": f"soundfile {soundfile.__version__} ({soundfile.__libsndfile_version__})"}

@@ -17,7 +17,8 @@ class Batch:
 
     modality: str
     inputs: torch.Tensor
-    """vision: uint8 (B, C, H, W); speech: float32 (B, samples), 16 kHz."""
+    """vision: uint8 (B, C, H, W); speech: float32 (B, samples), 16 kHz; text: int64 (B, V, T), ids that the
+    teacher sees, and with V = 2 those that the student sees (without a mask V = 1)."""
     mask_bmt: torch.Tensor
     """bool (B, M, T): True where the student's view is hidden."""
     padding_bt: torch.Tensor | None = None

@@ -42,13 +42,28 @@ class ObjectiveSpec:
     """Fraction of the input that the teacher's positions attend to."""
 
 
+class FrontEnd(nn.Module):
+    """From raw inputs to the encoder's input: what every modality's front end is.
+
+    forward(raw inputs, mask (B, T) or None) -> masked and clean view, each (B, prefix_tokens + T, D); without a mask
+    the two are the same tensor.
+    """
+
+    prefix_tokens = 0
+    """Positions in front of the maskable ones (CLS)."""
+
+    def teacher_padding(self, inputs: Tensor, padding_bt: Tensor | None) -> Tensor | None:
+        """bool (B, T): True where the teacher's clean view holds nothing; the student's padding, as a rule."""
+        return padding_bt
+
+
 class Teacher(nn.Module):
     """The averaged copy: an encoder, and its own front end where the recipe averages that too (`scope` "model")."""
 
     def __init__(
         self,
         encoder: Encoder,
-        front_end: nn.Module | None,
+        front_end: FrontEnd | None,
         spec: ObjectiveSpec,
         prefix_tokens: int,
         grid: int | None = None,
@@ -91,7 +106,7 @@ class Teacher(nn.Module):
 class Student(nn.Module):
     """Front end, encoder and head, with the loss: one forward per micro-batch."""
 
-    def __init__(self, front_end: nn.Module, encoder: Encoder, head: nn.Module, spec: ObjectiveSpec) -> None:
+    def __init__(self, front_end: FrontEnd, encoder: Encoder, head: nn.Module, spec: ObjectiveSpec) -> None:
         super().__init__()
         self.front_end, self.encoder, self.head, self.spec = front_end, encoder, head, spec
         self.prefix_tokens: int = front_end.prefix_tokens
@@ -116,7 +131,8 @@ class Student(nn.Module):
             raise ValueError(f"data2vec 1 draws one mask per sample, got {mask_bmt.shape[1]}")
         mask_bt = mask_bmt[:, 0]
         masked_btd, clean_btd = self.front_end(inputs, mask_bt)
-        target_btd = targets(inputs, clean_btd.detach(), self._with_prefix(padding_bt))
+        unseen_bt = self.front_end.teacher_padding(inputs, padding_bt)
+        target_btd = targets(inputs, clean_btd.detach(), self._with_prefix(unseen_bt))
         encoded_btd, _ = self.encoder(masked_btd, self._with_prefix(padding_bt), run=run)
         prediction_nd = self.head(encoded_btd[:, self.prefix_tokens :][mask_bt])
         target_nd = target_btd[mask_bt]

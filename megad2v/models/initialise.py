@@ -56,6 +56,16 @@ def uniform(low: float, high: float) -> Initialiser:
     return initialise
 
 
+def zero_rows(initialiser: Initialiser, *rows: int) -> Initialiser:
+    """`initialiser`'s values, but for these rows, which are zeros."""
+
+    def initialise(value: Tensor, generator: torch.Generator) -> None:
+        initialiser(value, generator)
+        value[list(rows)] = 0.0
+
+    return initialise
+
+
 def scaled(initialiser: Initialiser, factor: float) -> Initialiser:
     """`initialiser`'s values times `factor`."""
 

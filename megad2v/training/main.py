@@ -33,7 +33,7 @@ from megad2v.training.loop import Run, train
 from megad2v.training.setup import set_up
 from megad2v.training.state import load
 
-DEMO_CORPORA = {"vision": "image", "speech": "speech"}
+DEMO_CORPORA = {"vision": "image", "speech": "speech", "text": "text"}
 """What `make demo` calls the corpus of each modality; its shards lie in runs/demo/shards."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell has it."""

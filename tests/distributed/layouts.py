@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megad2v.config.deepspeed_json import fill_deepspeed, read_deepspeed_json
+from megad2v.config.modalities import SpeechConfig, VisionConfig
 from megad2v.config.schema import (
     Config,
     DataConfig,
@@ -21,11 +22,9 @@ from megad2v.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    SpeechConfig,
     TargetsConfig,
     TeacherConfig,
     TrainConfig,
-    VisionConfig,
 )
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.build import build_student, build_teacher

@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megad2v.config.schema import (
-    Config,
-    LossConfig,
-    MaskConfig,
-    ModelConfig,
-    SpeechConfig,
-    TargetsConfig,
-    TeacherConfig,
-    VisionConfig,
-)
+from megad2v.config.modalities import MaskConfig, SpeechConfig, VisionConfig
+from megad2v.config.schema import Config, LossConfig, ModelConfig, TargetsConfig, TeacherConfig
 from megad2v.modalities.speech import fairseq_keys as speech_keys
 from megad2v.modalities.speech.geometry import frame_count
 from megad2v.modalities.vision import fairseq_keys as vision_keys

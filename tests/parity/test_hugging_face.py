@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from megad2v.config.schema import Config, ModelConfig, VisionConfig
+from megad2v.config.modalities import VisionConfig
+from megad2v.config.schema import Config, ModelConfig
 from megad2v.errors import UserError
 from megad2v.modalities.build import build_student
 from megad2v.modalities.vision import hf_keys

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megad2v.config.modalities import MaskConfig, VisionConfig
 from megad2v.config.schema import (
     Config,
     DataConfig,
     LossConfig,
-    MaskConfig,
     MicroBatchConfig,
     ModelConfig,
     OptimizerConfig,
@@ -26,7 +26,6 @@ from megad2v.config.schema import (
     TargetsConfig,
     TeacherConfig,
     TrainConfig,
-    VisionConfig,
 )
 from megad2v.engine.setup import optimizer_groups
 from megad2v.errors import UserError

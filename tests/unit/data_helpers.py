@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megad2v.config.schema import Config, DataConfig, MicroBatchConfig, TrainConfig, VisionConfig
+from megad2v.config.modalities import VisionConfig
+from megad2v.config.schema import Config, DataConfig, MicroBatchConfig, TrainConfig
 
 SHARDS = (("a.tar", 7), ("b.tar", 5), ("c.tar", 9))
 TOTAL = sum(count for _, count in SHARDS)

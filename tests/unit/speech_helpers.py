@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megad2v.config.schema import Config, DataConfig, MicroBatchConfig, SpeechConfig, TrainConfig
+from megad2v.config.modalities import SpeechConfig
+from megad2v.config.schema import Config, DataConfig, MicroBatchConfig, TrainConfig
 from megad2v.data.writer import DatasetWriter
 
 LAYERS = ((8, 10, 5), (8, 3, 2), (8, 2, 2))

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy.stats import chisquare, ks_2samp, kstest
 
-from megad2v.config.schema import AugmentConfig, Config, VisionConfig
+from megad2v.config.modalities import AugmentConfig, VisionConfig
+from megad2v.config.schema import Config
 from megad2v.modalities.draws import generator
 from megad2v.modalities.vision import transforms
 from megad2v.modalities.vision.decode import Decoded, decoded, open_image, upright_rgb, upright_size

@@ -12,15 +12,14 @@ import pytest
 import yaml
 
 from megad2v.config.load import DEFAULT_RECIPE, known_keys, load_config, parse_command_line, recipes, to_yaml
+from megad2v.config.modalities import MaskConfig, VisionConfig
 from megad2v.config.schema import (
     Config,
     DataConfig,
-    MaskConfig,
     ModelConfig,
     OptimizerConfig,
     TeacherConfig,
     TrainConfig,
-    VisionConfig,
     WandbConfig,
 )
 from megad2v.config.tree import config_from_dict

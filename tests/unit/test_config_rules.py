@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 
 from megad2v.config import validate as validate_module
-from megad2v.config.schema import (
-    Config,
-    MicroBatchConfig,
-)
+from megad2v.config.schema import Config, MicroBatchConfig
 from megad2v.config.validate import validate
 from megad2v.errors import UserError
 
@@ -41,6 +38,11 @@ def broken_speech(model: dict[str, Any] | None = None, **speech: Any) -> Config:
     return dataclasses.replace(broken(model=shape, speech=speech), modality="speech")
 
 
+def broken_text(text: dict[str, Any] | None = None, **mask: Any) -> Config:
+    shape = {"norm": "post", "relative_bias": False}
+    return dataclasses.replace(broken(model=shape, text=text or {}, mask=mask), modality="text")
+
+
 RULES: list[tuple[Config, str]] = [
     (broken(optimizer={"lr": math.nan}, model={"depth": 0}), "optimizer.lr: expected a finite number, got nan"),
     (broken(model={"depth": 0}), "model.width, model.depth and model.heads must be at least 1"),
@@ -60,6 +62,17 @@ RULES: list[tuple[Config, str]] = [
     (broken(targets={"average": False}), "targets.average: false needs a projection for each layer; set model.head_"),
     (broken(loss={"variance_weight": -1.0}), "loss.variance_weight and loss.variance_margin must be at least 0"),
     (broken(train={"hang_timeout": -1.0}), "train.hang_timeout: expected at least 0, got -1.0"),
+    (broken_text({"vocabulary": 5}), "text.vocabulary: five ids are special, so at least 6, got 5"),
+    (broken_text({"max_tokens": 7}), "text.max_tokens: expected at least 8, got 7"),
+    (
+        broken_text(random=0.6, kept=0.5),
+        "mask.random and mask.kept: expected two fractions of the chosen positions, at",
+    ),
+    (broken_text({"loss_on": "mask"}, random=0.5, kept=0.5), "text.loss_on: mask, but mask.random + mask.kept is 1"),
+    (
+        dataclasses.replace(of_lengths(data={"micro_batch": MicroBatchConfig(tokens=511)}), modality="text"),
+        "data.micro_batch.tokens: 511 cannot hold one row of text.max_tokens (512); raise it, or lower that",
+    ),
     (broken(vision={"image_size": 60}), "vision.image_size: 60 is not a multiple of vision.patch_size 8"),
     (broken(vision={"patch_size": 0}), "vision.image_size: 64 is not a multiple of vision.patch_size 0"),
     (broken(vision={"channels": 1}), "vision.channels: images are decoded to RGB, so 3, got 1"),

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 
 from megad2v.config.load import load_config
+from megad2v.config.modalities import MaskConfig, VisionConfig
 from megad2v.config.schema import (
     Config,
     DataConfig,
-    MaskConfig,
     MicroBatchConfig,
     ModelConfig,
     OptimizerConfig,
     TeacherConfig,
     TrainConfig,
-    VisionConfig,
     WandbConfig,
 )
 from megad2v.config.tree import config_from_dict

@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megad2v.config.load import load_config, recipes
-from megad2v.config.schema import Config, ModelConfig, TargetsConfig, TeacherConfig, VisionConfig
+from megad2v.config.modalities import VisionConfig
+from megad2v.config.schema import Config, ModelConfig, TargetsConfig, TeacherConfig
 from megad2v.metrics.flops import flops_per_sample
 from megad2v.metrics.throughput import SampleFlops, Throughput
 from megad2v.modalities.build import build_student, build_teacher, positions

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from megad2v.config.schema import Config, ModelConfig, TargetsConfig, VisionConfig
+from megad2v.config.modalities import VisionConfig
+from megad2v.config.schema import Config, ModelConfig, TargetsConfig
 from megad2v.engine.guard import Disagreement, Guard, Plan, Proposal, Seen, differences
 from megad2v.engine.watchdog import Watchdog
 from megad2v.modalities.batch import Batch

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency, norm
 
-from megad2v.config.schema import MaskConfig, VisionConfig
+from megad2v.config.modalities import MaskConfig, VisionConfig
 from megad2v.modalities.draws import generator
 from megad2v.modalities.vision import masking
 from megad2v.modalities.vision.masking import _add_block, block_mask, mask_budget

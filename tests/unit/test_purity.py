@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megad2v.config.schema import MaskConfig, TrainConfig
+from megad2v.config.modalities import MaskConfig
+from megad2v.config.schema import TrainConfig
 from megad2v.modalities.sample import Sample
 from megad2v.modalities.vision.transforms import VisionTransform
 from tests.unit.data_helpers import config, jpeg

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megad2v.config.schema import Config, ModelConfig, SpeechConfig, TargetsConfig, TeacherConfig
+from megad2v.config.modalities import SpeechConfig
+from megad2v.config.schema import Config, ModelConfig, TargetsConfig, TeacherConfig
 from megad2v.modalities.build import blank_inputs, build_student, build_teacher, positions
 from megad2v.modalities.speech.front_end import SpeechFrontEnd
 from megad2v.modalities.speech.geometry import frame_count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megad2v.config.schema import SpeechConfig
+from megad2v.config.modalities import SpeechConfig
 from megad2v.modalities.speech.geometry import frame_count, samples_needed
 
 LAYERS = SpeechConfig().conv_layers

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megad2v.config.schema import Config, MaskConfig, SpeechConfig, TrainConfig
+from megad2v.config.modalities import MaskConfig, SpeechConfig
+from megad2v.config.schema import Config, TrainConfig
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.sample import BadSample, Mode

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from megad2v.config.schema import AugmentConfig, MaskConfig, TrainConfig
+from megad2v.config.modalities import AugmentConfig, MaskConfig
+from megad2v.config.schema import TrainConfig
 from megad2v.modalities.sample import BadSample
 from megad2v.modalities.vision import transforms
 from megad2v.modalities.vision.decode import open_image, pixel_count, upright_rgb

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megad2v.config.schema import SpeechConfig
+from megad2v.config.modalities import SpeechConfig
+from megad2v.models.data2vec import FrontEnd
 from megad2v.models.initialise import FAIRSEQ, InitScheme, constant, kaiming_normal, torch_default, uniform, zeros
 from megad2v.models.layers import ColumnLinear, Conv1d, LayerNorm
 
@@ -59,14 +60,12 @@ class ConvBlock(nn.Module):
         return F.gelu(self.norm(x_bct))
 
 
-class SpeechFrontEnd(nn.Module):
+class SpeechFrontEnd(FrontEnd):
     """Convolutions, layer norm, projection to D, mask token at hidden frames (spec 1.2, 1.3).
 
     Positions are the encoder's (`ConvPositions`). There is no dropout: the released recipes set fairseq's dropout_input
     to 0, and its dropout_features is read by nothing.
     """
-
-    prefix_tokens = 0
 
     def __init__(self, config: SpeechConfig, width: int, eps: float = EPS, scheme: InitScheme = FAIRSEQ) -> None:
         """`eps` is that of the norm before the projection."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megad2v.config.schema import SpeechConfig
+from megad2v.config.modalities import SpeechConfig
 from megad2v.models.initialise import torch_default
 from megad2v.models.layers import Conv1d
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megad2v.config.schema import VisionConfig
+from megad2v.config.modalities import VisionConfig
+from megad2v.models.data2vec import FrontEnd
 from megad2v.models.initialise import FAIRSEQ, InitScheme
 
 
@@ -33,7 +34,7 @@ class PatchEmbed(nn.Module):
         return F.linear(patches_btk, self.weight.flatten(1), self.bias)
 
 
-class VisionFrontEnd(nn.Module):
+class VisionFrontEnd(FrontEnd):
     """Patch embedding, mask token at hidden patches, CLS in front; no absolute positions (spec 3.2)."""
 
     prefix_tokens = 1

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageStat
 
-from megad2v.config.schema import AugmentConfig, Config
+from megad2v.config.modalities import AugmentConfig
+from megad2v.config.schema import Config
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.draws import generator
 from megad2v.modalities.sample import Mode, Sample
