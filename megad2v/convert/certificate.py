@@ -113,7 +113,7 @@ def versions(*modules: ModuleType) -> dict[str, str]:
 
 
 def _load(transformers: ModuleType, folder: Path, keys: ModuleType) -> nn.Module:
-    with _quiet(transformers):
+    with quiet(transformers):
         model, info = transformers.AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     if type(model).__name__ != keys.MODEL_CLASS:
         raise CertificateError(f"transformers loads a {type(model).__name__} instead of a {keys.MODEL_CLASS}")
@@ -125,8 +125,8 @@ def _load(transformers: ModuleType, folder: Path, keys: ModuleType) -> nn.Module
 
 
 @contextmanager
-def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """No progress bars and no report of odd parameters, which the caller makes an error of."""
+def quiet(transformers: ModuleType) -> Iterator[None]:
+    """No progress bars, and no warnings of what the caller makes an error of, or does on purpose."""
     log = transformers.utils.logging
     bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
     log.disable_progress_bar()

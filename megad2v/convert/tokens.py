@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megad2v.convert.certificate import SEED, CertificateError, require_transformers
+from megad2v.convert.certificate import SEED, CertificateError, quiet, require_transformers
 from megad2v.modalities.text.tokenizer import Tokenizer
 
 RANDOM_TEXTS = 2_000
@@ -41,7 +41,8 @@ def certify_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     Raises CertificateError for the first text whose ids differ.
     """
     transformers = require_transformers()
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with quiet(transformers):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if len(theirs) != tokenizer.vocabulary or theirs.mask_token_id != tokenizer.mask:
         raise CertificateError(
             f"the exported tokenizer has {len(theirs)} ids and <mask> {theirs.mask_token_id}, the model was trained "
@@ -49,18 +50,18 @@ def certify_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         )
     pieces = [piece.replace("\u2581", " ") for piece in tokenizer.pieces]
     texts = [*WRITTEN, *pieces, *random_texts(RANDOM_TEXTS, pieces)]
-    tokens = 0
-    for text, row in zip(texts, theirs(texts)["input_ids"], strict=True):
+    with quiet(transformers):  # of texts longer than the model's rows
+        rows = theirs(texts)["input_ids"]
+    for text, row in zip(texts, rows, strict=True):
         expected = [tokenizer.bos, *tokenizer.encode(text).tolist(), tokenizer.eos]
         if row != expected:
             raise CertificateError(f"the exported tokenizer gives {row} for {text!r}, ours {expected}")
-        tokens += len(row)
     return {
         "name": tokenizer.name,
         "fingerprint": tokenizer.fingerprint,
         "vocabulary": tokenizer.vocabulary,
         "texts": len(texts),
-        "tokens": tokens,
+        "tokens": sum(map(len, rows)),
         "input": f"{len(WRITTEN)} written texts, every piece, {RANDOM_TEXTS} random texts; seed {SEED}",
     }
 
