@@ -13,6 +13,7 @@ from tests.unit.data_helpers import write_shards
 from tests.unit.speech_helpers import write_speech
 
 RANKS = 2
+RECIPES = sorted(name for name in recipes() if not name.startswith("text_"))  # until text has a loader
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +24,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "vision": str(write_shards(output / "images")),
         "speech": str(write_speech(output / "speech", [1000, 2000, 3000, 9000] * 4)),
     }
-    arguments = {"recipes": sorted(recipes()), "shards": shards}
+    arguments = {"recipes": RECIPES, "shards": shards}
     return run_ranks("tests.distributed.jobs_recipes:one_update", RANKS, arguments, timeout=200, output=output)
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("recipe", sorted(recipes()))
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_one_update(recipe: str, results: list[dict[str, Any]]) -> None:
     """The loss is finite, the update taken, and it moves the student, its moments and the teacher on every rank."""
     config = load_config(recipe)
@@ -44,7 +45,7 @@ def test_one_update(recipe: str, results: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("recipe", sorted(recipes()))
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_weight_decay_is_the_recipes_after_an_update(recipe: str, results: list[dict[str, Any]]) -> None:
     """No schedule touches it: what decays, decays by the recipe's one value."""
     for by_recipe in results:
