@@ -64,8 +64,8 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
     _on_all(lambda: check_deepspeed(filled, world.topology))
     if config.train.compile:
         _on_all(check_compiler)
-    lock = None
-    if broadcast_text("a run" if (directory / "checkpoints").is_dir() else ""):
+    lock, there = None, broadcast_text("a run" if (directory / "checkpoints").is_dir() else "")
+    if there:
         lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
         _on_all(lambda: _clear_up(directory) if world.is_main else None)
     resumed = _find_resume(config, directory, world)
@@ -76,7 +76,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
     valid = None
     if config.data.valid is not None:
         valid = _on_all(lambda: validation_batches(config, rank=world.data.rank, world=world.data.size))
-    if lock is None:  # not before all that can be wrong with a new run has been looked at
+    if not there:  # not before all that can be wrong with a new run has been looked at
         lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
     _on_all(lambda: _prepare_directory(config, filled, directory, start) if world.is_main else None)
     logger = _on_all(
