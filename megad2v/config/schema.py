@@ -249,7 +249,13 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints; one is always written at the end. 0: only then."""
     keep_last: int = 3
-    """Checkpoints kept; older ones are deleted after a new one is complete. 0 keeps all."""
+    """Checkpoints kept; older ones are deleted after a new one is complete. 0 keeps all. With 1, nothing is left to
+    fall back on should that one be damaged later."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are never deleted. 0: none of them is special."""
+    async_save: bool = False
+    """Write checkpoints in the background, from a copy in host memory (as large as the rank's share: 16 bytes per
+    parameter it owns), while training goes on."""
     log_every: int = 10
     """Steps between metric lines."""
     eval_every: int = 0

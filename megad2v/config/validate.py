@@ -230,6 +230,7 @@ def _run(config: Config) -> list[str]:
         ("save_every", 0),
         ("eval_every", 0),
         ("keep_last", 0),
+        ("keep_every", 0),
         ("hang_timeout", 0),
     ):
         if getattr(train, key) < least:

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 from filelock import FileLock
 from torch import Tensor
 
+from megad2v.checkpoint.background import BackgroundWriter, Saved
 from megad2v.checkpoint.catalog import prune, step_directory, steps_present
-from megad2v.checkpoint.writer import CheckpointError
+from megad2v.checkpoint.writer import CheckpointError, write_checkpoint
 from megad2v.config.schema import Config
 from megad2v.data.loader import FiniteBatches, TrainingLoader
 from megad2v.engine.distributed import World, sum_over
@@ -56,7 +57,11 @@ class Run:
     """Only on the main rank."""
     lock: FileLock | None
     """On the run directory; only on the main rank."""
+    background: BackgroundWriter | None = None
+    """With train.async_save."""
     progress: Progress = field(default_factory=Progress)
+    prunes: bool = True
+    """Whether the last save lets older checkpoints go, once it is committed."""
 
     def memory(self) -> list[Tensor]:
         """This rank's saved tensors, as views: masters, moments and averages."""
@@ -104,6 +109,7 @@ def train(run: Run) -> None:
             losses=losses,
             blocks=blocks,
             guard=run.guard,
+            before_update=run.background.before_update if run.background is not None else None,
         )
         watch.started()
         progress.step += 1
@@ -129,8 +135,11 @@ def train(run: Run) -> None:
             _stop(run, halt)
         if run.valid is not None and _due(progress.step, train.eval_every, train.steps):
             _validate(run)
+        if run.background is not None and run.background.ready():
+            finish_saving(run)
         if _due(progress.step, train.save_every, train.steps):
             save_checkpoint(run, delete_older=taken)  # of a streak of refused steps all checkpoints are alike
+    finish_saving(run)
     if verdict.bad_in_a_row > (1 if progress.updates else 0):  # one bad step at the very end spoils nothing
         raise BadNumericState(
             f"the last {verdict.bad_in_a_row} of {progress.step} steps were not taken: "
@@ -186,6 +195,7 @@ def _stop(run: Run, halt: Halt) -> NoReturn:
     step, since = run.progress.step, halt.since
     try:
         save_checkpoint(run, delete_older=False)
+        finish_saving(run)
         saved = f"Saved {step_directory(run.directory, step)}"
     except CheckpointError as error:  # on every rank; why the run stops is still to be told
         saved = f"Its state could not be saved ({error})"
@@ -251,8 +261,14 @@ def _validate(run: Run) -> None:
 
 
 def save_checkpoint(run: Run, *, delete_older: bool = True) -> None:
-    """Save, then delete what train.keep_last lets go. Collective."""
+    """Save, then delete what train.keep_last and train.keep_every let go. Collective; raises CheckpointError.
+
+    With train.async_save it returns while the checkpoint is being written; `finish_saving` waits for it.
+    """
+    finish_saving(run)
+    begun, run.prunes = time.perf_counter(), delete_older
     directory = step_directory(run.directory, run.progress.step)
+    background = run.background
     with run.guard.watch.patience("checkpoint"):
         save(
             directory,
@@ -262,6 +278,27 @@ def save_checkpoint(run: Run, *, delete_older: bool = True) -> None:
             run.config,
             world=run.world,
             data_fingerprint=run.loader.fingerprint,
+            write=write_checkpoint if background is None else partial(background.start, begun=begun),
         )
-    if run.world.is_main and delete_older:
-        prune(run.directory, run.config.train.keep_last)
+    if background is None:
+        seconds = time.perf_counter() - begun
+        _committed(run, Saved(directory, seconds, seconds))
+
+
+def finish_saving(run: Run) -> None:
+    """Wait until what is being written in the background is committed, if anything is. Collective; raises
+    CheckpointError with what went wrong there."""
+    if run.background is not None and run.background.pending:
+        with run.guard.watch.patience("checkpoint"):
+            _committed(run, run.background.finish())
+
+
+def _committed(run: Run, saved: Saved) -> None:
+    if run.logger is not None:
+        times = {"save_seconds": saved.save_seconds, "save_stall_seconds": saved.stall_seconds}
+        run.logger.write(run.progress.step, {"saved": saved.directory.name, **times})
+    if run.world.is_main and run.prunes:
+        try:
+            prune(run.directory, run.config.train.keep_last, run.config.train.keep_every)
+        except OSError as error:  # the new one is safe; too many old ones are no reason to stop
+            print(f"train.keep_last: older checkpoints could not be deleted: {error}", flush=True)

@@ -17,6 +17,7 @@ import torch
 
 from megad2v.checkpoint.catalog import step_directory
 from megad2v.checkpoint.reader import Checkpoint
+from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.deepspeed_json import read_deepspeed_json, refuse_unsupported
 from megad2v.config.load import parse_command_line, to_yaml
 from megad2v.config.schema import Config, TrainConfig
@@ -30,7 +31,7 @@ from megad2v.engine.rendezvous import RendezvousError
 from megad2v.engine.watchdog import Watchdog, start_watchdog
 from megad2v.errors import BadNumericState, UserError
 from megad2v.metrics.report import peak_memory
-from megad2v.training.loop import Run, train
+from megad2v.training.loop import Run, finish_saving, train
 from megad2v.training.setup import set_up
 from megad2v.training.state import load
 
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check(config, ds, world, recipe=command.recipe, watch=watch)
         else:
             pretrain(config, ds, world, recipe=command.recipe, watch=watch)
-    except (UserError, BadNumericState) as error:
+    except (UserError, BadNumericState, CheckpointError) as error:
         # Before the ranks have met, each may be wrong in its own way: a file may be missing on one host alone.
         if rank == 0 or error.on_one_rank or (first_of_host and not distributed.joined()):
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
@@ -134,6 +135,12 @@ def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str, w
     run = set_up(config, ds, world, recipe=recipe, watch=watch)
     try:
         train(run)
+    except (UserError, BadNumericState) as error:
+        if not error.on_one_rank:
+            _finish_or_say(run)
+        raise
+    except CheckpointError:
+        raise
     except RuntimeError as error:  # torch reports a dead worker from a signal handler, anywhere in the step
         reason = run.loader.explain(error)
         if reason is None:
@@ -145,6 +152,15 @@ def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str, w
         skipped = f", {run.progress.skipped} of them not taken" if run.progress.skipped else ""
         print(f"done: {run.progress.step} steps{skipped}; checkpoints in {run.directory / 'checkpoints'}", flush=True)
     return run
+
+
+def _finish_or_say(run: Run) -> None:
+    """Commit what is being written while another error, which matters more, ends the run. Collective."""
+    try:
+        finish_saving(run)
+    except CheckpointError as error:
+        if run.world.is_main:
+            print(f"pretrain: {error}", file=sys.stderr, flush=True)
 
 
 def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> None:

@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from megad2v.checkpoint.catalog import find_checkpoint, newest_valid, set_aside_later, steps_present
+from megad2v.checkpoint.background import BackgroundWriter
+from megad2v.checkpoint.catalog import (
+    find_checkpoint_by_all,
+    newest_valid_by_all,
+    recover,
+    set_aside_later,
+    steps_present,
+)
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.deepspeed_json import fill_deepspeed, zero_stage
 from megad2v.config.load import to_yaml
@@ -49,6 +56,7 @@ T = TypeVar("T")
 
 def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:
     """Everything of a run, resumed where train.resume says so. Collective; raises UserError alike on every rank."""
+    watch = watch or Watchdog()
     precision = resolve_precision(config.train.precision)
     _check_ranks(config, world)
     filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.data.size)
@@ -56,15 +64,20 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
     _on_all(lambda: check_deepspeed(filled, world.topology))
     if config.train.compile:
         _on_all(check_compiler)
+    lock, there = None, broadcast_text("a run" if (directory / "checkpoints").is_dir() else "")
+    if there:
+        lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
+        _on_all(lambda: _clear_up(directory) if world.is_main else None)
     resumed = _find_resume(config, directory, world)
-    source = _find_init(config, world) if resumed is None else None
+    source = _find_init(config) if resumed is None else None
     start = resumed.index.step if resumed else 0
 
     loader = _on_all(lambda: TrainingLoader(config, rank=world.data.rank, world=world.data.size, start_step=start))
     valid = None
     if config.data.valid is not None:
         valid = _on_all(lambda: validation_batches(config, rank=world.data.rank, world=world.data.size))
-    lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
+    if not there:  # not before all that can be wrong with a new run has been looked at
+        lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
     _on_all(lambda: _prepare_directory(config, filled, directory, start) if world.is_main else None)
     logger = _on_all(
         lambda: (
@@ -87,7 +100,8 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
             peak_flops=peak * world.size if peak else None,
         ),
         records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),
-        guard=Guard(engine, world, watch or Watchdog(), limit=config.train.hang_timeout),
+        guard=Guard(engine, world, watch, limit=config.train.hang_timeout),
+        background=BackgroundWriter(at=watch.at) if config.train.async_save else None,
         logger=logger,
         lock=lock,
     )
@@ -181,50 +195,44 @@ def _check_ranks(config: Config, world: World) -> None:
 
 
 def _find_resume(config: Config, directory: Path, world: World) -> Checkpoint | None:
-    """The checkpoint to go on from, chosen and verified by the main rank, opened by all. Nothing is written yet."""
-
-    def decide() -> str:
-        asked = config.train.resume
-        if asked == "never":
-            if steps_present(directory):
-                raise UserError(
-                    f"train.resume: never, but {directory} has checkpoints; choose another train.output_dir or auto"
-                )
-            return ""
-        if asked != "auto":
-            return _verified(Path(asked))
-        newest, reasons = newest_valid(directory)
-        for reason in reasons:
+    """The checkpoint to go on from, verified by all ranks together. Nothing is written yet."""
+    asked = config.train.resume
+    if asked == "never":
+        if broadcast_text("taken" if steps_present(directory) else ""):
+            raise UserError(
+                f"train.resume: never, but {directory} has checkpoints; choose another train.output_dir or auto"
+            )
+        return None
+    if asked != "auto":
+        newest: Path | None = find_checkpoint_by_all(Path(asked))
+    else:
+        newest, reasons = newest_valid_by_all(directory)
+        for reason in reasons if world.is_main else ():
             print(f"passed over a checkpoint: {reason}", flush=True)
         if newest is None and reasons:
             raise UserError(
-                f"train.resume: none of the checkpoints in {directory} is valid; choose another train.output_dir to "
-                "start anew"
+                f"train.resume: none of the checkpoints in {directory} is valid ({reasons[0]}); choose another "
+                "train.output_dir to start anew"
             )
-        return str(newest or "")
-
-    checkpoint = _open_chosen(decide, world)
-    if checkpoint is not None:
-        _on_all(lambda: check_resumable(checkpoint, config))
+    if newest is None:
+        return None
+    checkpoint = _on_all(lambda: Checkpoint(newest, check_sizes=False))
+    _on_all(lambda: check_resumable(checkpoint, config))
     return checkpoint
 
 
-def _find_init(config: Config, world: World) -> Checkpoint | None:
-    """The checkpoint that train.init names, verified."""
-    path = config.train.init
-    return _open_chosen(lambda: _verified(Path(path)) if path is not None else "", world)
+def _find_init(config: Config) -> Checkpoint | None:
+    """The checkpoint that train.init names, verified by all ranks together."""
+    if config.train.init is None:
+        return None
+    directory = find_checkpoint_by_all(Path(config.train.init))
+    return _on_all(lambda: Checkpoint(directory, check_sizes=False))
 
 
-def _verified(path: Path) -> str:
-    directory = find_checkpoint(path)
-    Checkpoint(directory).verify()
-    return str(directory)
-
-
-def _open_chosen(decide: Callable[[], str], world: World) -> Checkpoint | None:
-    """Open on every rank what the main rank decides for; "" for none."""
-    chosen = broadcast_text(_on_all(lambda: decide() if world.is_main else ""))
-    return _on_all(lambda: Checkpoint(Path(chosen))) if chosen else None
+def _clear_up(directory: Path) -> None:
+    """Behind a run that was killed while it saved."""
+    for line in recover(directory):
+        print(line, flush=True)
 
 
 def _alone_in(directory: Path) -> FileLock:

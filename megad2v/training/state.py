@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,17 @@ def save(
     world: World,
     data_fingerprint: str,
     extras: Mapping[str, bytes] | None = None,
+    write: Callable[..., None] = write_checkpoint,
 ) -> None:
-    """Write a checkpoint into `directory`, with the small files `extras`; see `write_checkpoint`. Collective.
+    """Write a checkpoint into `directory`, with the small files `extras`; see `write_checkpoint`. Collective. `write`
+    may be a `BackgroundWriter.start` instead, which returns before anything is written.
 
     Where tensor-parallel ranks' copies of a parameter have drifted apart, all get the first rank's, which is the one
     that is saved: a run that resumes goes on as this one does.
     """
     _unify_copies(engine, teacher, world)
     entries = adam_entries(engine.deepspeed, engine.state)
-    write_checkpoint(
+    write(
         directory,
         [
             Piece(kind, f.name, f.start, memory)
