@@ -21,8 +21,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from megad2v.checkpoint.stream import checksum_of
 from megad2v.checkpoint.reader import Checkpoint
+from megad2v.checkpoint.stream import checksum_of
 from megad2v.convert.card import model_card
 from megad2v.convert.certificate import certify, require_transformers
 from megad2v.convert.load import Weights, checkpoint_config, load_encoder, load_tokenizer
