@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,8 @@ class Run:
     lock: FileLock | None
     """On the run directory; only on the main rank."""
     progress: Progress = field(default_factory=Progress)
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+    """Files that every checkpoint carries, by their path in it: text's tokenizer."""
 
     def memory(self) -> list[Tensor]:
         """This rank's saved tensors, as views: masters, moments and averages."""
@@ -262,6 +264,7 @@ def save_checkpoint(run: Run, *, delete_older: bool = True) -> None:
             run.config,
             world=run.world,
             data_fingerprint=run.loader.fingerprint,
+            extras=run.extras,
         )
     if run.world.is_main and delete_older:
         prune(run.directory, run.config.train.keep_last)

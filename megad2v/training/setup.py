@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,13 +42,22 @@ from megad2v.teacher.ema import ShardedTeacher
 from megad2v.training.loop import Run
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords
 from megad2v.training.schedules import schedule_remarks
-from megad2v.training.state import check_resumable, initialise_from, load
+from megad2v.training.state import check_resumable, initialise_from, load, other_tokenizer
 
 T = TypeVar("T")
 
 
-def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:
-    """Everything of a run, resumed where train.resume says so. Collective; raises UserError alike on every rank."""
+def set_up(
+    config: Config,
+    ds: dict[str, Any],
+    world: World,
+    *,
+    recipe: str,
+    watch: Watchdog | None = None,
+    extras: Mapping[str, bytes] | None = None,
+) -> Run:
+    """Everything of a run, resumed where train.resume says so; `extras` are files that its checkpoints carry (text: the
+    tokenizer). Collective; raises UserError alike on every rank."""
     precision = resolve_precision(config.train.precision)
     _check_ranks(config, world)
     filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.data.size)
@@ -56,7 +65,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
     _on_all(lambda: check_deepspeed(filled, world.topology))
     if config.train.compile:
         _on_all(check_compiler)
-    resumed = _find_resume(config, directory, world)
+    resumed = _find_resume(config, directory, world, extras or {})
     source = _find_init(config, world) if resumed is None else None
     start = resumed.index.step if resumed else 0
 
@@ -90,6 +99,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
         guard=Guard(engine, world, watch or Watchdog(), limit=config.train.hang_timeout),
         logger=logger,
         lock=lock,
+        extras=extras or {},
     )
     if world.is_main:
         print("\n".join(_report(run, ds, precision=precision, recipe=recipe, peak=peak_source)), flush=True)
@@ -180,7 +190,7 @@ def _check_ranks(config: Config, world: World) -> None:
         )
 
 
-def _find_resume(config: Config, directory: Path, world: World) -> Checkpoint | None:
+def _find_resume(config: Config, directory: Path, world: World, extras: Mapping[str, bytes]) -> Checkpoint | None:
     """The checkpoint to go on from, chosen and verified by the main rank, opened by all. Nothing is written yet."""
 
     def decide() -> str:
@@ -205,7 +215,7 @@ def _find_resume(config: Config, directory: Path, world: World) -> Checkpoint | 
 
     checkpoint = _open_chosen(decide, world)
     if checkpoint is not None:
-        _on_all(lambda: check_resumable(checkpoint, config))
+        _on_all(lambda: check_resumable(checkpoint, config, extras))
     return checkpoint
 
 
@@ -269,6 +279,8 @@ def _restore(run: Run, resumed: Checkpoint | None, source: Checkpoint | None) ->
             planned = source.index.config["train"]["steps"]
             if source.index.step < planned:
                 print(f"  that run has not ended: step {source.index.step:,} of {planned:,}", flush=True)
+            if other_tokenizer(source, run.extras):
+                print("  text.tokenizer: not that run's: the rows of its table stood for other pieces", flush=True)
             for kind in ("missing", "unused"):
                 if result[kind]:
                     print(f"  {kind}: {', '.join(result[kind])}", flush=True)
