@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,8 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     prunes: bool = True
     """Whether the last save lets older checkpoints go, once it is committed."""
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+    """Files that every checkpoint carries, by their path in it: text's tokenizer."""
 
     def memory(self) -> list[Tensor]:
         """This rank's saved tensors, as views: masters, moments and averages."""
@@ -279,6 +281,7 @@ def save_checkpoint(run: Run, *, delete_older: bool = True) -> None:
             world=run.world,
             data_fingerprint=run.loader.fingerprint,
             write=write_checkpoint if background is None else partial(background.start, begun=begun),
+            extras=run.extras,
         )
     if background is None:
         seconds = time.perf_counter() - begun

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.deepspeed_json import read_deepspeed_json, refuse_unsupported
 from megad2v.config.load import parse_command_line, to_yaml
 from megad2v.config.schema import Config, TrainConfig
+from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.data.vocabulary import with_vocabulary
 from megad2v.data.workers import WorkerDied
 from megad2v.engine import distributed
@@ -31,6 +32,7 @@ from megad2v.engine.rendezvous import RendezvousError
 from megad2v.engine.watchdog import Watchdog, start_watchdog
 from megad2v.errors import BadNumericState, UserError
 from megad2v.metrics.report import peak_memory
+from megad2v.modalities.text.tokenizer import Tokenizer
 from megad2v.training.loop import Run, finish_saving, train
 from megad2v.training.setup import set_up
 from megad2v.training.state import load
@@ -67,11 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = Path(config.train.output_dir)
         folder = output.with_name(f".check_{output.name}_hang") if command.check else output / "hang"
         watch = start_watchdog(world, folder, config.train.hang_timeout)
-        config = with_tokenizer(config)
+        config, extras = with_tokenizer(config)
         if command.check:
-            check(config, ds, world, recipe=command.recipe, watch=watch)
+            check(config, ds, world, recipe=command.recipe, watch=watch, extras=extras)
         else:
-            pretrain(config, ds, world, recipe=command.recipe, watch=watch)
+            pretrain(config, ds, world, recipe=command.recipe, watch=watch, extras=extras)
     except (UserError, BadNumericState, CheckpointError) as error:
         # Before the ranks have met, each may be wrong in its own way: a file may be missing on one host alone.
         if rank == 0 or error.on_one_rank or (first_of_host and not distributed.joined()):
@@ -121,18 +123,28 @@ def with_demo_shards(config: Config) -> Config:
     return replace(config, data=replace(config.data, shards=f"{shards}/train", valid=valid))
 
 
-def with_tokenizer(config: Config) -> Config:
-    """Text: with the size of the tokenizer's vocabulary. Collective; raises UserError alike on every rank."""
+def with_tokenizer(config: Config) -> tuple[Config, Mapping[str, bytes]]:
+    """Text: with the size of the tokenizer's vocabulary, and the tokenizer's files as checkpoints carry them.
+    Collective; raises UserError alike on every rank."""
     if config.modality != "text":
-        return config
-    found: list[Config] = []
-    together(lambda: found.append(with_vocabulary(config)[0]), errors=(UserError,), raises=UserError)
-    return found[0]
+        return config, {}
+    found: list[tuple[Config, Tokenizer]] = []
+    together(lambda: found.append(with_vocabulary(config)), errors=(UserError,), raises=UserError)
+    config, tokenizer = found[0]
+    return config, {f"{TOKENIZER_FOLDER}/{name}": content for name, content in tokenizer.core_files.items()}
 
 
-def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:
-    """Set up, resume, train. Raises UserError alike on every rank."""
-    run = set_up(config, ds, world, recipe=recipe, watch=watch)
+def pretrain(
+    config: Config,
+    ds: dict[str, Any],
+    world: World,
+    *,
+    recipe: str,
+    watch: Watchdog | None = None,
+    extras: Mapping[str, bytes] | None = None,
+) -> Run:
+    """Set up, resume, train; `extras` are files that every checkpoint carries. Raises UserError alike on every rank."""
+    run = set_up(config, ds, world, recipe=recipe, watch=watch, extras=extras)
     try:
         train(run)
     except (UserError, BadNumericState) as error:
@@ -163,7 +175,15 @@ def _finish_or_say(run: Run) -> None:
             print(f"pretrain: {error}", file=sys.stderr, flush=True)
 
 
-def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> None:
+def check(
+    config: Config,
+    ds: dict[str, Any],
+    world: World,
+    *,
+    recipe: str,
+    watch: Watchdog | None = None,
+    extras: Mapping[str, bytes] | None = None,
+) -> None:
     """--check: one step, one validation, one save, one load that must give the same bits; peak memory.
 
     Everything is written beside the run directory and removed. A rank that fails alone leaves at once, as in a run.
@@ -189,7 +209,7 @@ def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watc
     schedule = replace(config.schedule, kind="constant", warmup_steps=0)
     config = replace(config, train=one, teacher=teacher, schedule=schedule)
     try:
-        run = pretrain(config, ds, world, recipe=recipe, watch=watch)
+        run = pretrain(config, ds, world, recipe=recipe, watch=watch, extras=extras)
         peak, what = peak_memory(world.device)  # before the copies that only this check makes
         together(lambda: _reload(run), errors=(UserError,), raises=UserError)
         if world.is_main:

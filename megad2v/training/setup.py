@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -49,14 +49,23 @@ from megad2v.teacher.ema import ShardedTeacher
 from megad2v.training.loop import Run
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords
 from megad2v.training.schedules import schedule_remarks
-from megad2v.training.state import check_resumable, initialise_from, load
+from megad2v.training.state import check_resumable, initialise_from, load, other_tokenizer
 
 T = TypeVar("T")
 
 
-def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:
-    """Everything of a run, resumed where train.resume says so. Collective; raises UserError alike on every rank."""
-    watch = watch or Watchdog()
+def set_up(
+    config: Config,
+    ds: dict[str, Any],
+    world: World,
+    *,
+    recipe: str,
+    watch: Watchdog | None = None,
+    extras: Mapping[str, bytes] | None = None,
+) -> Run:
+    """Everything of a run, resumed where train.resume says so; `extras` are files that its checkpoints carry (text: the
+    tokenizer). Collective; raises UserError alike on every rank."""
+    watch, extras = watch or Watchdog(), extras or {}
     precision = resolve_precision(config.train.precision)
     _check_ranks(config, world)
     filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.data.size)
@@ -68,7 +77,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
     if there:
         lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
         _on_all(lambda: _clear_up(directory) if world.is_main else None)
-    resumed = _find_resume(config, directory, world)
+    resumed = _find_resume(config, directory, world, extras)
     source = _find_init(config) if resumed is None else None
     start = resumed.index.step if resumed else 0
 
@@ -104,6 +113,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
         background=BackgroundWriter(at=watch.at) if config.train.async_save else None,
         logger=logger,
         lock=lock,
+        extras=extras,
     )
     if world.is_main:
         print("\n".join(_report(run, ds, precision=precision, recipe=recipe, peak=peak_source)), flush=True)
@@ -194,7 +204,7 @@ def _check_ranks(config: Config, world: World) -> None:
         )
 
 
-def _find_resume(config: Config, directory: Path, world: World) -> Checkpoint | None:
+def _find_resume(config: Config, directory: Path, world: World, extras: Mapping[str, bytes]) -> Checkpoint | None:
     """The checkpoint to go on from, verified by all ranks together. Nothing is written yet."""
     asked = config.train.resume
     if asked == "never":
@@ -217,7 +227,7 @@ def _find_resume(config: Config, directory: Path, world: World) -> Checkpoint | 
     if newest is None:
         return None
     checkpoint = _on_all(lambda: Checkpoint(newest, check_sizes=False))
-    _on_all(lambda: check_resumable(checkpoint, config))
+    _on_all(lambda: check_resumable(checkpoint, config, extras))
     return checkpoint
 
 
@@ -277,6 +287,8 @@ def _restore(run: Run, resumed: Checkpoint | None, source: Checkpoint | None) ->
             planned = source.index.config["train"]["steps"]
             if source.index.step < planned:
                 print(f"  that run has not ended: step {source.index.step:,} of {planned:,}", flush=True)
+            if other_tokenizer(source, run.extras):
+                print("  text.tokenizer: not that run's: the rows of its table stood for other pieces", flush=True)
             for kind in ("missing", "unused"):
                 if result[kind]:
                     print(f"  {kind}: {', '.join(result[kind])}", flush=True)
