@@ -16,17 +16,19 @@ import numpy.typing as npt
 from megad2v.config.schema import Config
 from megad2v.data.format import read_dataset
 from megad2v.data.plan import Row, in_order, rank_share, shuffled, training_plan, validation_plan
-from megad2v.data.shardset import ShardSet
+from megad2v.data.shardset import ShardSet, about_key, pattern_of
 from megad2v.data.workers import MicroBatches, Stream
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.sample import Mode, Transform
 from megad2v.modalities.speech.transforms import SpeechTransform
+from megad2v.modalities.text.transforms import TextTransform
 from megad2v.modalities.vision.transforms import VisionTransform
 
 TRANSFORMS: Mapping[str, Callable[[Config, Mode], Transform[Any]]] = {
     "vision": VisionTransform,
     "speech": SpeechTransform,
+    "text": TextTransform,
 }
 """Worker side of each modality."""
 
@@ -192,21 +194,8 @@ def _transform(config: Config, mode: Mode) -> Transform[Any]:
 
 def _open_shards(value: str | Mapping[str, str] | None, key: str, modality: str) -> ShardSet:
     """The shards that configuration key `key` names; what is wrong with them is said of the key."""
-    try:
-        return ShardSet(_pattern(value, key, modality), modality)
-    except UserError as error:
-        raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}") from None
-
-
-def _pattern(value: str | Mapping[str, str] | None, key: str, modality: str) -> str:
-    """The pattern of a modality from `data.shards` or `data.valid`."""
-    if isinstance(value, Mapping):
-        if modality not in value:
-            raise UserError(f"{key}: has no entry for modality {modality}, only for {', '.join(value) or 'none'}")
-        value = value[modality]
-    if not value:
-        raise UserError(f"{key}: not set; give a path, folder, glob or brace pattern of WebDataset tars")
-    return value
+    with about_key(key):
+        return ShardSet(pattern_of(value, key, modality), modality)
 
 
 def _check_workers(workers: int) -> None:

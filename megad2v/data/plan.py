@@ -12,10 +12,14 @@ import numpy as np
 
 from megad2v.config.schema import Config
 from megad2v.data.buckets import BucketPlan, LengthBudget, grouped_in_order
-from megad2v.data.order import KeyedPermutation, SampleOrder
+from megad2v.data.order import Int64s, KeyedPermutation, SampleOrder
 from megad2v.data.shardset import ShardSet
 from megad2v.errors import UserError
 from megad2v.modalities.speech.geometry import sample_count
+from megad2v.modalities.text.transforms import SHORTEST_ROW
+
+LONGEST_KEYS = {"speech": ("recordings", "speech.max_seconds"), "text": ("rows", "text.max_tokens")}
+"""What samples that differ in length are called, and the key with the longest."""
 
 Row = tuple[int, int]
 """(epoch, sample index)."""
@@ -72,6 +76,9 @@ def length_budget(config: Config) -> LengthBudget | None:
     if config.modality == "vision":
         return None
     speech, budget = config.speech, config.data.micro_batch
+    if config.modality == "text":
+        longest = config.text.max_tokens
+        return LengthBudget(SHORTEST_ROW, longest, samples=budget.samples, total=budget.tokens or 0)
     return LengthBudget(
         shortest=sample_count(speech.min_seconds),
         longest=sample_count(speech.max_seconds),
@@ -87,7 +94,7 @@ def training_plan(config: Config, shards: ShardSet) -> tuple[Plan, list[str]]:
         assert data.micro_batch.samples is not None  # config.validate
         order = SampleOrder(shards.shard_sizes, seed=seed, window=data.window)
         return SamplePlan(order, data.micro_batch.samples), []
-    lengths = shards.lengths()
+    lengths = row_lengths(config, shards)
     plan = BucketPlan(lengths, shards.shard_sizes, budget, ratio=data.bucket_ratio, seed=seed, window=data.window)
     remarks = _left_out("data.shards", config, lengths, budget)
     buckets = "1 length bucket" if plan.buckets == 1 else f"{plan.buckets} length buckets"
@@ -104,9 +111,15 @@ def validation_plan(config: Config, shards: ShardSet) -> tuple[list[list[Row]], 
     if budget is None:
         assert config.data.micro_batch.samples is not None  # config.validate
         return in_order(len(shards), config.data.micro_batch.samples), []
-    lengths = shards.lengths()
+    lengths = row_lengths(config, shards)
     remarks = _left_out("data.valid", config, lengths, budget)
     return [[(0, index) for index in group] for group in grouped_in_order(lengths, budget)], remarks
+
+
+def row_lengths(config: Config, shards: ShardSet) -> Int64s:
+    """(samples,) lengths as the budget counts them, 0 where unknown: text has `<s>` before its tokens."""
+    lengths = shards.lengths()
+    return np.where(lengths > 0, lengths + 1, 0) if config.modality == "text" else lengths
 
 
 def in_order(total: int, size: int) -> list[list[Row]]:
@@ -123,23 +136,25 @@ def shuffled(total: int, size: int, *, epochs: int, seed: int) -> list[list[Row]
     return plan
 
 
-def _left_out(key: str, config: Config, lengths: np.ndarray, budget: LengthBudget) -> list[str]:
-    """A line about the recordings that are too short, one about those of unknown length, if any.
+def _left_out(key: str, config: Config, lengths: Int64s, budget: LengthBudget) -> list[str]:
+    """A line about the samples that are too short, one about those of unknown length, if any.
 
     Raises UserError when all are too short.
     """
     short, unknown = int(np.count_nonzero(budget.cropped(lengths) == 0)), int(np.count_nonzero(lengths == 0))
-    seconds, total = config.speech.min_seconds, len(lengths)
-    if short == total:
-        raise UserError(
-            f"{key}: all {short} recordings are shorter than speech.min_seconds, {seconds:g}; lower it, or give others"
-        )
-    remarks = []
-    if short:
+    total, remarks = len(lengths), []
+    if short:  # of speech alone: no row of text is
+        seconds = config.speech.min_seconds
+        if short == total:
+            raise UserError(
+                f"{key}: all {short} recordings are shorter than speech.min_seconds, {seconds:g}; lower it, or give "
+                "others"
+            )
         remarks.append(f"{key}: {short} of {total} recordings, shorter than {seconds:g} s, are left out")
     if unknown:
+        what, longest = LONGEST_KEYS[config.modality]
         remarks.append(
-            f"{key}: {unknown} of {total} recordings cannot be measured and count as speech.max_seconds; "
-            "tools/make_shards.py speech names what is wrong with them"
+            f"{key}: {unknown} of {total} {what} cannot be measured and count as {longest}; "
+            f"tools/make_shards.py {config.modality} names what is wrong with them"
         )
     return remarks

@@ -6,6 +6,8 @@ import glob
 import os
 import random
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -130,6 +132,26 @@ class ShardSet:
         if len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
+
+
+def pattern_of(value: str | Mapping[str, str] | None, key: str, modality: str) -> str:
+    """The pattern of a modality from `data.shards` or `data.valid`. Raises UserError where it has none."""
+    if isinstance(value, Mapping):
+        if modality not in value:
+            raise UserError(f"{key}: has no entry for modality {modality}, only for {', '.join(value) or 'none'}")
+        value = value[modality]
+    if not value:
+        raise UserError(f"{key}: not set; give a path, folder, glob or brace pattern of WebDataset tars")
+    return value
+
+
+@contextmanager
+def about_key(key: str) -> Iterator[None]:
+    """What is wrong inside is said of configuration key `key`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}") from None
 
 
 def resolve(pattern: str) -> list[Path]:

@@ -168,8 +168,11 @@ READ_ERRORS = (UserError, OSError, SafetensorError)
 
 SAME_STREAM = ("train.seed", "train.micro_batches_per_step", "data.micro_batch", "data.window")
 """Keys that a resumed run must share: the loader's state is a step number, whose samples these decide."""
-SAME_LENGTHS = ("data.bucket_ratio", "speech.min_seconds", "speech.max_seconds")
-"""The same for speech, whose micro-batches follow from lengths."""
+SAME_LENGTHS = {
+    "speech": ("data.bucket_ratio", "speech.min_seconds", "speech.max_seconds"),
+    "text": ("data.bucket_ratio", "text.blocks", "text.max_tokens"),
+}
+"""The same for modalities whose micro-batches follow from lengths."""
 
 
 def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
@@ -185,7 +188,7 @@ def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
                 "another train.output_dir (and train.init to start from these weights)"
             )
     now = asdict(config)
-    for key in SAME_STREAM + (SAME_LENGTHS if config.modality == "speech" else ()):
+    for key in SAME_STREAM + SAME_LENGTHS.get(config.modality, ()):
         section, leaf = key.split(".")
         then = checkpoint.index.config[section][leaf]
         if then != now[section][leaf]:
