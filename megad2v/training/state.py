@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,9 @@ def save(
     *,
     world: World,
     data_fingerprint: str,
+    extras: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a checkpoint into `directory`; see `write_checkpoint`. Collective.
+    """Write a checkpoint into `directory`, with the small files `extras`; see `write_checkpoint`. Collective.
 
     Where tensor-parallel ranks' copies of a parameter have drifted apart, all get the first rank's, which is the one
     that is saved: a run that resumes goes on as this one does.
@@ -88,6 +89,7 @@ def save(
         config=asdict(config),
         layout={"ranks": world.size, "zero_stage": engine.state.stage, "tensor_parallel": config.parallel.tensor},
         code=versions(config.modality),
+        extras=extras,
     )
 
 

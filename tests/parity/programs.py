@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megad2v.config.modalities import MaskConfig, SpeechConfig, VisionConfig
+from megad2v.config.modalities import MaskConfig, SpeechConfig, TextConfig, VisionConfig
 from megad2v.config.schema import Config, LossConfig, ModelConfig, TargetsConfig, TeacherConfig
 from megad2v.modalities.speech import fairseq_keys as speech_keys
 from megad2v.modalities.speech.geometry import frame_count
+from megad2v.modalities.text import fairseq_keys as text_keys
+from megad2v.modalities.text.codecs import PAD
 from megad2v.modalities.vision import fairseq_keys as vision_keys
 from megad2v.models.data2vec import Student, Teacher
 
@@ -30,14 +32,18 @@ class Program:
     """Of the vectors that came with the project."""
     keys: ModuleType
     """The modality's fairseq_keys."""
-    config: Callable[[dict[str, Any]], Config]
-    """Our configuration for the reference's own keys."""
+    config: Callable[[dict[str, Any], dict[str, Tensor]], Config]
+    """Our configuration for the reference's description and the forward's arguments."""
     inputs: Callable[[dict[str, Tensor], Config], tuple[Tensor, Tensor | None]]
     """Raw inputs and padding_bt from the forward's arguments."""
     watch: Callable[[Student, Teacher], Kept]
     """Hooks on both; returns the dict that a forward will fill."""
     layer: str
     """Name of the intermediate that targets are made of, by the number of the teacher's block."""
+    padding: Callable[[str, dict[str, Tensor]], Tensor | None] = lambda name, arguments: None
+    """Positions, bool (B, T), at which an intermediate is not compared, from its name and the forward's arguments."""
+    copied: tuple[str, ...] = ()
+    """What of a teacher of scope "model" is the student's after an EMA step: there scope is "encoder" in training."""
 
     @staticmethod
     def batch_first(name: str, value: Tensor) -> Tensor:
@@ -60,7 +66,8 @@ def _loss(reference: dict[str, Any]) -> LossConfig:
     return LossConfig(kind="smooth_l1" if smooth else "mse", beta=reference["loss_beta"], scale="rsqrt_width")
 
 
-def _vision_config(reference: dict[str, Any]) -> Config:
+def _vision_config(description: dict[str, Any], arguments: dict[str, Tensor]) -> Config:
+    reference = description["config"]
     return Config(
         model=ModelConfig(
             width=reference["embed_dim"],
@@ -108,7 +115,8 @@ def _conv_layers(formula: str) -> tuple[tuple[int, int, int], ...]:
     return tuple(layers)
 
 
-def _speech_config(reference: dict[str, Any]) -> Config:
+def _speech_config(description: dict[str, Any], arguments: dict[str, Tensor]) -> Config:
+    reference = description["config"]
     width = reference["encoder_embed_dim"]
     return Config(
         modality="speech",
@@ -162,10 +170,70 @@ def _speech_watch(student: Student, teacher: Teacher) -> Kept:
     return kept
 
 
+def _text_config(description: dict[str, Any], arguments: dict[str, Tensor]) -> Config:
+    reference, transformer = description["config"], description["config"]["transformer"]
+    encoder, width = transformer["encoder"], transformer["encoder"]["embed_dim"]
+    student, teacher = (arguments[name] == PAD for name in ("src_tokens", "target_tokens"))
+    return Config(
+        modality="text",
+        model=ModelConfig(
+            width=width,
+            depth=encoder["layers"],
+            heads=encoder["attention_heads"],
+            mlp_ratio=encoder["ffn_embed_dim"] / width,
+            norm="pre" if encoder["normalize_before"] else "post",
+            layer_scale=None,
+            qkv_bias="full",
+            relative_bias=False,
+            head_layers=reference["head_layers"],
+            dropout=transformer["dropout"],
+            attention_dropout=transformer["attention_dropout"],
+            layer_drop=encoder["layerdrop"],
+        ),
+        text=TextConfig(
+            vocabulary=description["vocab"]["size"],
+            max_tokens=transformer["max_source_positions"],
+            teacher_sees="full" if torch.equal(student, teacher) else "masked_only",
+        ),
+        targets=TargetsConfig(layers=reference["average_top_k_layers"], tensor="ffn", **_norms(reference)),
+        loss=replace(_loss(reference), scale="rsqrt_width" if reference["loss_scale"] <= 0 else "sum"),
+        # The vectors' teacher has embeddings of its own, moved away from the student's like all the rest.
+        teacher=TeacherConfig(scope="model", copied=("norm",) if reference["ema_transformer_layers_only"] else ()),
+    )
+
+
+def _text_inputs(arguments: dict[str, Tensor], config: Config) -> tuple[Tensor, Tensor]:
+    student = arguments["src_tokens"]
+    return torch.stack([arguments["target_tokens"], student], dim=1), student == PAD
+
+
+def _text_watch(student: Student, teacher: Teacher) -> Kept:
+    kept: Kept = {}
+    student.encoder.register_forward_hook(lambda m, i, o: kept.__setitem__("student_encoder_out", o[0]))
+    for index, block in enumerate(teacher.encoder.blocks):
+        block.mlp.register_forward_hook(lambda m, i, o, n=index: kept.__setitem__(f"teacher_layer{n}_fc", o))
+    return kept
+
+
+def _text_padding(name: str, arguments: dict[str, Tensor]) -> Tensor:
+    """fairseq zeroes padding behind the first norm, and nobody sees it there."""
+    return arguments["src_tokens" if name.startswith("student") else "target_tokens"] == PAD
+
+
 PROGRAMS = {
     "vision": Program(("plain",), vision_keys, _vision_config, _vision_inputs, _vision_watch, "teacher_block{}_end"),
     # The reference keeps a frame that it pads the sequence with (spec 1.4, step 4): compared is what lies before it.
     "speech": Program(
         ("plain", "padded"), speech_keys, _speech_config, _speech_inputs, _speech_watch, "teacher_layer{}_fc"
+    ),
+    "text": Program(
+        ("fairseq", "full"),
+        text_keys,
+        _text_config,
+        _text_inputs,
+        _text_watch,
+        "teacher_layer{}_fc",
+        padding=_text_padding,
+        copied=("front_end.",),
     ),
 }

@@ -22,6 +22,9 @@ from tests.conftest import reference_root
 from tests.parity.programs import PROGRAMS
 from tests.tolerances import REFERENCE, REFERENCE_GRADIENT, REFERENCE_INSTANCE_NORM
 
+BUFFERS = ("index", "version")
+"""Ends of names in fairseq's state dicts that are no parameters."""
+
 
 def _cases() -> list[tuple[str, str]]:
     """(modality, case) of the vectors that are there; without any, of ours, which are then skipped."""
@@ -55,21 +58,24 @@ def computed(folder: Path, modality: str, name: str) -> dict[str, Any]:
     """One forward and backward of ours with the reference's weights, inputs and mask."""
     description, tensors = vectors(folder, modality)
     program, case, prefix = PROGRAMS[modality], description["cases"][name], f"cases.{name}."
-    config = program.config(description["config"])
+    arguments = _section(tensors, f"{prefix}inputs.")
+    config = program.config(description, arguments)
     student, teacher = build_student(config), build_teacher(config)
     unused = set(case["no_grad_params"])  # fairseq's vision model has a head that it never calls
     used = {name: value for name, value in _section(tensors, "student.").items() if name not in unused}
     student.load_state_dict(program.keys.from_fairseq(used, config), strict=True)
-    theirs = {f"encoder.{name}": value for name, value in _section(tensors, "teacher.").items()}
+    averaged = description["teacher_of"]
+    theirs = {f"{averaged}.{name}": value for name, value in _section(tensors, "teacher.").items()}
     teacher.load_state_dict(program.keys.from_fairseq(theirs, config), strict=True)
     student.eval()  # the vectors were made in eval mode, so that no dropout enters
     kept = program.watch(student, teacher)
     mask = tensors[f"{prefix}info.mask"]
-    inputs, padding_bt = program.inputs(_section(tensors, f"{prefix}inputs."), config)
+    inputs, padding_bt = program.inputs(arguments, config)
     loss_sum, prediction, target = student(inputs, mask.view(len(mask), 1, -1), teacher, padding_bt)
     (loss_sum / mask.sum()).backward()
     return {
         "config": config,
+        "arguments": arguments,
         "description": description,
         "case": case,
         "expected": _section(tensors, prefix),
@@ -96,7 +102,12 @@ def test_intermediates(run: dict[str, Any]) -> None:
     assert len(expected) >= 2 + run["config"].targets.layers
     for name, theirs in expected.items():
         ours = run["kept"][name.rpartition("_")[0]]
-        _close(ours, program.batch_first(name, theirs)[:, : ours.shape[1]], name)
+        theirs = program.batch_first(name, theirs)[:, : ours.shape[1]]
+        padding_bt = program.padding(name, run["arguments"])
+        if padding_bt is not None:
+            assert not padding_bt.all()
+            ours, theirs = ours[~padding_bt], theirs[~padding_bt]
+        _close(ours, theirs, name)
 
 
 def test_predictions_and_targets(run: dict[str, Any]) -> None:
@@ -123,14 +134,15 @@ def test_targets_from_their_layers(run: dict[str, Any]) -> None:
 def test_state_dicts_there_and_back(modality: str, reference: Path) -> None:
     """Names, shapes and values of the reference's own state dicts, to the bit."""
     description, tensors = vectors(reference, modality)
-    program, (case, *_) = PROGRAMS[modality], description["cases"].values()
-    config = program.config(description["config"])
-    for which, prefix in (("student", ""), ("teacher", "encoder.")):
+    program, (name, *_) = PROGRAMS[modality], description["cases"]
+    case = description["cases"][name]
+    config = program.config(description, _section(tensors, f"cases.{name}.inputs."))
+    for which, prefix in (("student", ""), ("teacher", f"{description['teacher_of']}.")):
         state = {prefix + name: value for name, value in _section(tensors, f"{which}.").items()}
         state = {name: value for name, value in state.items() if name not in case["no_grad_params"]}
         back = program.keys.to_fairseq(program.keys.from_fairseq(state, config), config)
         assert back.keys() >= state.keys()
-        assert all(name.endswith("index") for name in back.keys() - state.keys())
+        assert all(name.endswith(BUFFERS) for name in back.keys() - state.keys())
         for name, value in state.items():
             assert torch.equal(back[name], value), name
 
@@ -154,7 +166,7 @@ def test_gradient_norms(run: dict[str, Any]) -> None:
     for name, theirs in run["case"]["grad_norms"].items():
         norm = float(ours[name].double().norm())
         assert norm == pytest.approx(theirs, rel=REFERENCE_GRADIENT, abs=_rounding(run, name)), name
-    assert set(run["case"]["grad_norms"]) == {name for name in ours if not name.endswith("index")}
+    assert set(run["case"]["grad_norms"]) == {name for name in ours if not name.endswith(BUFFERS)}
 
 
 @pytest.mark.parametrize("modality", PROGRAMS)
@@ -172,7 +184,7 @@ def test_sgd_then_ema_step(modality: str, reference: Path) -> None:
         steps=reference_config["ema_anneal_end_step"],
     )
     assert decay == pytest.approx(step["decay"], rel=1e-12)
-    copied = tuple(f"encoder.{part}." for part in config.teacher.copied)
+    copied = (*(f"encoder.{part}." for part in config.teacher.copied), *PROGRAMS[modality].copied)
     student = {n: (p - step["sgd_lr"] * p.grad).detach() for n, p in run["student"].named_parameters()}
     teacher = {
         n: torch.lerp(p, student[n], 1.0 if n.startswith(copied) else 1.0 - decay)
@@ -180,7 +192,7 @@ def test_sgd_then_ema_step(modality: str, reference: Path) -> None:
     }
     for ours, theirs, prefix in (
         (to_fairseq(student, config), step["student_after"], ""),
-        (to_fairseq(teacher, config), step["teacher_after"], "encoder."),
+        (to_fairseq(teacher, config), step["teacher_after"], f"{run['description']['teacher_of']}."),
     ):
         compared = 0
         for name, (norm, total) in theirs.items():
@@ -190,4 +202,4 @@ def test_sgd_then_ema_step(modality: str, reference: Path) -> None:
                 # The sum cancels: hold its error against the number of terms times their size.
                 assert float(value.sum()) == pytest.approx(total, abs=REFERENCE * float(value.abs().sum())), name
                 compared += 1
-        assert compared >= len([name for name in ours if not name.endswith("index")])
+        assert compared >= len([name for name in ours if not name.endswith(BUFFERS)])
