@@ -29,7 +29,8 @@ def write_checkpoint(
 
     `extras`, of which the main rank's count: small files by their path in the step directory ("tokenizer/vocab.json"),
     listed and checked as the data is. `index` holds the other fields of `Index`. Collective: three rounds of one small
-    gather to rank 0 and one broadcast. An error on any rank raises CheckpointError on all, and leaves nothing half-written behind.
+    gather to rank 0 and one broadcast. An error on any rank raises CheckpointError on all, and leaves nothing
+    half-written behind.
     """
     aside = directory.with_name(f".writing_{directory.name}")
     main = dist.get_rank() == 0
