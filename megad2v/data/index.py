@@ -1,9 +1,7 @@
 """An index of a shard: where in the tar each sample of a modality lies, so that any sample is one `pread` away.
 
-Stored beside the tars as `index/<tar stem>.<modality>.npy`: one file that holds four arrays after each other (records,
-key bytes, stamp, end mark), so one rename replaces all of it and ranks that build the same index at the same time
-cannot mix. `numpy.load(path, mmap_mode="r")` shows the records. The stamp has the tar's size and modification time; an
-index that does not fit its tar is built again, and kept in memory where the folder is read-only.
+Stored beside the tars as `index/<tar stem>.<modality>.npy` (data/stored.py): records and key bytes. An index that does
+not fit its tar is built again, and kept in memory where the folder is read-only.
 """
 
 from __future__ import annotations
@@ -11,8 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import tarfile
-import uuid
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +18,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megad2v.data import stored
 from megad2v.data.format import INDEX_FOLDER, KINDS, LABEL_EXTENSION, MODALITY_KINDS, split_key
+from megad2v.data.stored import Origin
 from megad2v.errors import UserError
 from megad2v.modalities.speech import decode as speech
 from megad2v.modalities.text import decode as text
@@ -30,7 +28,6 @@ from megad2v.modalities.vision import decode as vision
 
 VERSION = 3
 """Raised whenever a field gets another meaning, so that older indexes are built again."""
-END_MARK = 0x6D643276
 BLOCK = 512
 
 MEASURES: dict[str, tuple[int, Callable[[bytes], int]]] = {
@@ -59,7 +56,6 @@ RECORD = np.dtype(
         ("kind", "u1"),  # position in format.KINDS
     ]
 )
-STAMP = np.dtype([("version", "<u4"), ("crc", "<u4"), ("tar_size", "<u8"), ("tar_mtime_ns", "<u8")])
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +67,7 @@ class ShardIndex:
     records: npt.NDArray[np.void]
     """(samples,) of RECORD; memory-mapped when it comes from a file."""
     keys: npt.NDArray[np.uint8]
-    tar_size: int
-    tar_mtime_ns: int
+    origin: Origin
 
     def __len__(self) -> int:
         return len(self.records)
@@ -84,7 +79,7 @@ class ShardIndex:
 
     def fits(self, stat: os.stat_result) -> bool:
         """Whether the tar with this `stat` is the one that was indexed."""
-        return (self.tar_size, self.tar_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        return self.origin == Origin.of(stat)
 
 
 @dataclass
@@ -106,9 +101,9 @@ def load_or_build(tar: Path, modality: str) -> ShardIndex:
 
     Raises UserError when the tar is missing, cut short, corrupt or compressed.
     """
-    stored = stored_index(tar, modality)
-    if stored is not None:
-        return stored
+    found = stored_index(tar, modality)
+    if found is not None:
+        return found
     log.info("indexing %s", tar)
     index = build(tar, modality)
     try:
@@ -120,72 +115,16 @@ def load_or_build(tar: Path, modality: str) -> ShardIndex:
 
 def stored_index(tar: Path, modality: str) -> ShardIndex | None:
     """The stored index if it is whole and fits the tar, else None. Raises UserError when the tar cannot be seen."""
-    try:
-        stat = os.stat(tar)
-    except OSError as error:
-        raise UserError(f"{tar}: cannot be read ({error.strerror}); correct data.shards or data.valid") from error
-    path = index_path(tar, modality)
-    try:
-        index = _read(path)
-    except FileNotFoundError:
+    found = stored.load(tar, index_path(tar, modality), (RECORD, np.dtype("u1")), VERSION)
+    if found is None:
         return None
-    except (OSError, ValueError, EOFError, KeyError, SyntaxError) as error:
-        log.info("%s is not usable (%s): building it again", path, error)
-        return None
-    if not index.fits(stat):
-        log.info("%s has changed since %s was made: building it again", tar, path)
-        return None
-    return index
+    (records, keys), origin = found
+    return ShardIndex(records, keys, origin)
 
 
 def store(index: ShardIndex, path: Path) -> None:
     """Write an index whole or not at all; safe while others write the same one. Raises OSError."""
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    stamp = np.zeros(1, dtype=STAMP)
-    stamp[0] = (VERSION, _crc(index), index.tar_size, index.tar_mtime_ns)
-    try:
-        with aside.open("wb") as file:
-            for array in (index.records, index.keys, stamp, np.array([END_MARK], dtype="<u4")):
-                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def _read(path: Path) -> ShardIndex:
-    """Raises ValueError when the file is damaged, of another version, or cut short."""
-    with path.open("rb") as file:
-        records = _map_array(file, path, RECORD)
-        keys = _map_array(file, path, np.dtype("u1"))
-        stamp = np.lib.format.read_array(file, allow_pickle=False)
-        mark = np.lib.format.read_array(file, allow_pickle=False)
-    if stamp.dtype != STAMP or mark.tolist() != [END_MARK] or int(stamp["version"][0]) != VERSION:
-        raise ValueError("another version, or cut short")
-    index = ShardIndex(records, keys, int(stamp["tar_size"][0]), int(stamp["tar_mtime_ns"][0]))
-    if _crc(index) != int(stamp["crc"][0]):
-        raise ValueError("checksum does not fit")
-    return index
-
-
-def _map_array(file: BinaryIO, path: Path, dtype: np.dtype) -> np.ndarray:
-    """Memory-map the next array of an open file and move past it."""
-    np.lib.format.read_magic(file)
-    shape, _, found = np.lib.format.read_array_header_1_0(file)
-    if found != dtype or len(shape) != 1:
-        raise ValueError(f"fields are {found}, expected {dtype}")
-    start, size = file.tell(), shape[0] * dtype.itemsize
-    file.seek(size, os.SEEK_CUR)
-    if file.tell() > os.fstat(file.fileno()).st_size:
-        raise ValueError("cut short")
-    if not size:
-        return np.zeros(shape, dtype)  # an empty range cannot be mapped
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
-
-
-def _crc(index: ShardIndex) -> int:
-    return zlib.crc32(index.keys.tobytes(), zlib.crc32(index.records.tobytes()))
+    stored.store(path, (index.records, index.keys), VERSION, index.origin)
 
 
 def build(tar: Path, modality: str) -> ShardIndex:
@@ -265,7 +204,7 @@ def _assemble(found: list[tuple[str, _Parts]], modality: str, descriptor: int, s
         records[i] = (offset, size, len(keys), length, part.label, len(name), KINDS.index(kind))
         keys += name
     blob = np.frombuffer(bytes(keys), dtype=np.uint8)
-    return ShardIndex(records, blob, stat.st_size, stat.st_mtime_ns)
+    return ShardIndex(records, blob, Origin.of(stat))
 
 
 def unknown_extensions(tar: Path, limit: int = 5) -> list[str]:

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megad2v.config.schema import Config
+from megad2v.data.blocks import BlockSet
 from megad2v.data.format import read_dataset
 from megad2v.data.plan import Row, in_order, rank_share, shuffled, training_plan, validation_plan
-from megad2v.data.shardset import ShardSet, about_key, pattern_of
+from megad2v.data.shardset import Samples, ShardSet, about_key, pattern_of
 from megad2v.data.workers import MicroBatches, Stream
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
@@ -49,7 +50,7 @@ class TrainingLoader:
         _check_workers(data.workers)
         self._micro_batches = train.micro_batches_per_step
         self._share = rank_share(self._micro_batches, rank, world)
-        self._shards = _open_shards(data.shards, "data.shards", config.modality)
+        self._shards = _open_shards(data.shards, "data.shards", config)
         plan, self.remarks = training_plan(config, self._shards)
         """Lines that people should know of: what was left out, how it is batched."""
         self.epoch_size = plan.epoch_size
@@ -104,7 +105,7 @@ class FiniteBatches:
     Each pass starts its own workers and ends them, also when it is left early.
     """
 
-    def __init__(self, shards: ShardSet, transform: Transform[Any], plan: list[list[Row]], workers: int) -> None:
+    def __init__(self, shards: Samples, transform: Transform[Any], plan: list[list[Row]], workers: int) -> None:
         self.samples = sum(len(rows) for rows in plan)
         """Samples that this rank meets in one pass."""
         self.classes: tuple[str, ...] = ()
@@ -136,7 +137,7 @@ def validation_batches(config: Config, *, rank: int, world: int) -> FiniteBatche
     Raises UserError as TrainingLoader does.
     """
     _check_workers(config.data.workers)
-    shards = _open_shards(config.data.valid, "data.valid", config.modality)
+    shards = _open_shards(config.data.valid, "data.valid", config)
     plan, remarks = validation_plan(config, shards)
     plan += [[]] * (-len(plan) % world)
     batches = FiniteBatches(shards, _transform(config, "valid"), plan[rank::world], config.data.workers)
@@ -192,10 +193,13 @@ def _transform(config: Config, mode: Mode) -> Transform[Any]:
     return TRANSFORMS[config.modality](config, mode)
 
 
-def _open_shards(value: str | Mapping[str, str] | None, key: str, modality: str) -> ShardSet:
-    """The shards that configuration key `key` names; what is wrong with them is said of the key."""
+def _open_shards(value: str | Mapping[str, str] | None, key: str, config: Config) -> Samples:
+    """The rows of the shards that configuration key `key` names; what is wrong with them is said of the key."""
     with about_key(key):
-        return ShardSet(pattern_of(value, key, modality), modality)
+        shards = ShardSet(pattern_of(value, key, config.modality), config.modality)
+        if config.modality == "text" and config.text.blocks == "complete_doc":
+            return BlockSet(shards, config.text.max_tokens)
+        return shards
 
 
 def _check_workers(workers: int) -> None:

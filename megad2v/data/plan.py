@@ -13,7 +13,7 @@ import numpy as np
 from megad2v.config.schema import Config
 from megad2v.data.buckets import BucketPlan, LengthBudget, grouped_in_order
 from megad2v.data.order import Int64s, KeyedPermutation, SampleOrder
-from megad2v.data.shardset import ShardSet
+from megad2v.data.shardset import Samples
 from megad2v.errors import UserError
 from megad2v.modalities.speech.geometry import sample_count
 from megad2v.modalities.text.transforms import SHORTEST_ROW
@@ -87,7 +87,7 @@ def length_budget(config: Config) -> LengthBudget | None:
     )
 
 
-def training_plan(config: Config, shards: ShardSet) -> tuple[Plan, list[str]]:
+def training_plan(config: Config, shards: Samples) -> tuple[Plan, list[str]]:
     """The micro-batches of a run, and what people should know of them. Raises UserError when no sample is left."""
     data, seed, budget = config.data, config.train.seed, length_budget(config)
     if budget is None:
@@ -102,7 +102,7 @@ def training_plan(config: Config, shards: ShardSet) -> tuple[Plan, list[str]]:
     return plan, remarks
 
 
-def validation_plan(config: Config, shards: ShardSet) -> tuple[list[list[Row]], list[str]]:
+def validation_plan(config: Config, shards: Samples) -> tuple[list[list[Row]], list[str]]:
     """Micro-batches that hold every sample once, in order, and what people should know of them.
 
     Raises UserError when no sample is left.
@@ -116,7 +116,7 @@ def validation_plan(config: Config, shards: ShardSet) -> tuple[list[list[Row]], 
     return [[(0, index) for index in group] for group in grouped_in_order(lengths, budget)], remarks
 
 
-def row_lengths(config: Config, shards: ShardSet) -> Int64s:
+def row_lengths(config: Config, shards: Samples) -> Int64s:
     """(samples,) lengths as the budget counts them, 0 where unknown: text has `<s>` before its tokens."""
     lengths = shards.lengths()
     return np.where(lengths > 0, lengths + 1, 0) if config.modality == "text" else lengths

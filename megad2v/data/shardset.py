@@ -6,23 +6,26 @@ import glob
 import os
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from megad2v.data.format import KINDS, MODALITY_KINDS, WORKING_FOLDER, read_dataset
-from megad2v.data.index import ShardIndex, load_or_build, unknown_extensions
+from megad2v.data.index import load_or_build, unknown_extensions
 from megad2v.errors import UserError
 
 OPEN_FILES = 64
 """Descriptors kept per process: several windows' worth, far below the usual limit of 1,024."""
+
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,31 @@ class RawSample:
     """Extension of the data, one of format.KINDS."""
     label: int
     """Class id, -1 when there is none."""
+
+
+class Samples(Protocol):
+    """One long list of samples: a ShardSet, or a view on one whose samples are parts of its own."""
+
+    paths: list[Path]
+    shard_sizes: tuple[int, ...]
+    """Samples of each shard."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex hash of what the order of samples depends on."""
+        ...
+
+    def sample_id(self, index: int) -> str: ...
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(len,), 0 where unknown."""
+        ...
+
+    def read(self, index: int) -> RawSample: ...
+
+    def close(self) -> None: ...
 
 
 class ShardSet:
@@ -52,8 +80,9 @@ class ShardSet:
         self.pattern = pattern
         self.modality = modality
         self.paths = resolve(pattern)
-        self._indexes = _load_indexes(self.paths, modality)
-        self.shard_sizes = tuple(len(index) for index in self._indexes)
+        self.indexes = in_own_order(lambda path: load_or_build(path, modality), self.paths)
+        """Of each shard."""
+        self.shard_sizes = tuple(len(index) for index in self.indexes)
         self._ends = np.cumsum(self.shard_sizes)
         if not len(self):
             found = ", ".join(unknown_extensions(self.paths[0])) or "nothing"
@@ -70,35 +99,38 @@ class ShardSet:
     def fingerprint(self) -> str:
         """Hex hash of shard names and counts, and of lengths where they decide too: differs when the order of samples
         would differ."""
-        names = "\n".join(f"{p.name} {size}" for p, size in zip(self.paths, self.shard_sizes, strict=True))
-        lengths = b"" if self.modality == "vision" else self.lengths().astype("<i8").tobytes()
-        return blake2b(names.encode() + lengths, digest_size=8).hexdigest()
+        return order_fingerprint(self.paths, self.shard_sizes, None if self.modality == "vision" else self.lengths())
 
     def sample_id(self, index: int) -> str:
         """The id of sample `index` (0..len-1) without reading it."""
         shard, row = self._locate(index)
-        return f"{self.paths[shard].name}/{self._indexes[shard].key(row)}"
+        return f"{self.paths[shard].name}/{self.indexes[shard].key(row)}"
 
     def labels(self) -> npt.NDArray[np.int32]:
         """(len,) class ids; index.NO_LABEL or index.UNREADABLE_LABEL where there is none."""
-        return np.concatenate([index.records["label"] for index in self._indexes])
+        return np.concatenate([index.records["label"] for index in self.indexes])
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(len,) lengths as indexed (speech: samples at 16 kHz); 0 where the file's header does not say."""
-        return np.concatenate([index.records["length"] for index in self._indexes]).astype(np.int64)
+        return np.concatenate([index.records["length"] for index in self.indexes]).astype(np.int64)
 
     def read(self, index: int) -> RawSample:
         """Sample `index` (0..len-1). Raises UserError when its shard has changed, vanished or cannot be read."""
         shard, row = self._locate(index)
-        path, record = self.paths[shard], self._indexes[shard].records[row]
-        size = int(record["size"])
+        record, name = self.indexes[shard].records[row], self.sample_id(index)
+        data = self.read_bytes(shard, int(record["offset"]), int(record["size"]), name)
+        return RawSample(name, data, KINDS[record["kind"]], max(int(record["label"]), -1))
+
+    def read_bytes(self, shard: int, offset: int, size: int, sample_id: str) -> bytes:
+        """Bytes of the tar `paths[shard]`, which belong to that sample. Raises UserError as `read`."""
+        path = self.paths[shard]
         try:
-            data = os.pread(self._descriptor(shard), size, int(record["offset"]))
+            data = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error}); check the disk, or copy the shard again") from error
         if len(data) != size:
-            raise UserError(f"{path}: ended in the middle of sample {self.sample_id(index)}; copy the shard again")
-        return RawSample(self.sample_id(index), data, KINDS[record["kind"]], max(int(record["label"]), -1))
+            raise UserError(f"{path}: ended in the middle of sample {sample_id}; copy the shard again")
+        return data
 
     def close(self) -> None:
         """Close the tars; reading opens them again."""
@@ -114,10 +146,7 @@ class ShardSet:
         return {**self.__dict__, "_files": OrderedDict()}
 
     def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+        return locate(self._ends, index)
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._files:
@@ -125,7 +154,7 @@ class ShardSet:
             return self._files[shard]
         path = self.paths[shard]
         descriptor = os.open(path, os.O_RDONLY)
-        if not self._indexes[shard].fits(os.fstat(descriptor)):
+        if not self.indexes[shard].fits(os.fstat(descriptor)):
             os.close(descriptor)
             raise UserError(f"{path}: has changed since this run indexed it; leave shards alone and start again")
         self._files[shard] = descriptor
@@ -210,12 +239,29 @@ def _expand(pattern: str) -> list[Path]:
     return paths
 
 
-def _load_indexes(paths: list[Path], modality: str) -> list[ShardIndex]:
-    """Indexes in the order of `paths`, met in an order of this process's own.
+def locate(ends: npt.NDArray[np.int64], index: int) -> tuple[int, int]:
+    """(shard, row in it) of a sample, by the running totals of the shards' sizes. Raises IndexError."""
+    if not 0 <= index < int(ends[-1]):
+        raise IndexError(f"sample {index} of {int(ends[-1])}")
+    shard = int(np.searchsorted(ends, index, side="right"))
+    return shard, index - (int(ends[shard - 1]) if shard else 0)
+
+
+def order_fingerprint(paths: Sequence[Path], sizes: Sequence[int], lengths: npt.NDArray[np.int64] | None) -> str:
+    """Hex hash of what the order of samples depends on."""
+    names = "\n".join(f"{path.name} {size}" for path, size in zip(paths, sizes, strict=True))
+    print_ = blake2b(names.encode(), digest_size=8)
+    if lengths is not None:
+        print_.update(lengths.astype("<i8", copy=False))
+    return print_.hexdigest()
+
+
+def in_own_order(build: Callable[[Path], Made], paths: Sequence[Path]) -> list[Made]:
+    """What `build` makes of each of `paths`, made in an order of this process's own.
 
     Ranks that start together on shards without an index then mostly build different ones and find the others' stored.
     """
-    order = list(range(len(paths)))
+    order = list(paths)
     random.Random(os.getpid()).shuffle(order)
-    indexes = {number: load_or_build(paths[number], modality) for number in order}
-    return [indexes[number] for number in range(len(paths))]
+    made = {path: build(path) for path in order}
+    return [made[path] for path in paths]
