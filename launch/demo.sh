@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole path on a machine with two cores and no GPU, for images and for speech: generated corpus -> shards -> pretraining on
+# The whole path on a machine with two cores and no GPU, for images, speech and text: generated corpus -> shards -> pretraining on
 # two processes under ZeRO-3 with a sharded teacher -> Hugging Face. `make demo` calls it with .venv/bin first in PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -7,21 +7,28 @@ out=runs/demo
 steps=${DEMO_STEPS:-150}
 images=${DEMO_IMAGES_PER_CLASS:-250}
 clips=${DEMO_CLIPS_PER_SPEAKER:-15}
+stories=${DEMO_STORIES:-2000}
 # Two processes; on a machine with a single GPU one.
 ranks=$(python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 begin=$SECONDS
 say() { printf '\n== %s\n' "$*"; }
 
-say "images and speech (generated, no download), and their shards"
+say "images, speech and stories (generated, no download), and their shards"
 for part in train valid; do
   case $part in
-    train) size=(--images-per-class "$images" --clips-per-speaker "$clips" --seed 1) ;;
-    valid) size=(--images-per-class $((images / 5)) --clips-per-speaker $((clips / 5 + 1)) --seed 2) ;;
+    train) size=(--images-per-class "$images" --clips-per-speaker "$clips" --stories "$stories" --seed 1) ;;
+    valid) size=(--images-per-class $((images / 5)) --clips-per-speaker $((clips / 5 + 1)) --stories $((stories / 10)) --seed 2) ;;
   esac
-  for corpus in image speech; do
+  for corpus in image speech text; do
     if [ ! -f "$out/shards/$corpus/$part/dataset.json" ]; then
       python tools/make_demo_data.py "$out/data-$part" --only "$corpus" "${size[@]}" --overwrite
-      python tools/make_shards.py "$corpus" --input "$out/data-$part/$corpus" --output "$out/shards/$corpus/$part" --overwrite
+      more=()
+      if [ "$corpus" = text ]; then
+        [ "$part" = valid ] ||
+          python tools/train_tokenizer.py --input "$out/data-train/text" --vocab-size 1000 --output "$out/tokenizer" --overwrite
+        more=(--tokenizer "$out/tokenizer" --document blank-lines)
+      fi
+      python tools/make_shards.py "$corpus" --input "$out/data-$part/$corpus" --output "$out/shards/$corpus/$part" --overwrite "${more[@]}"
     fi
   done
 done
@@ -40,18 +47,22 @@ demo() { # corpus, recipe, steps
 }
 demo image vision_tiny "$steps"
 demo speech speech_tiny $(((steps + 1) / 2))
+demo text text_tiny $(((steps + 1) / 2))
 
-say "the demo took $((SECONDS - begin)) s; it left, of image and of speech,"
+say "the demo took $((SECONDS - begin)) s; it left, of image, speech and text,"
 cat <<EOF
   $out/image/metrics.jsonl, tensorboard/   what was learned (tensorboard --logdir $out)
   $out/image/checkpoints/                  student, teacher and optimizer, in flat fragments
   $out/export/hf/image                     AutoModel.from_pretrained("$out/export/hf/image")
   $out/export/hf/speech                    AutoModel.from_pretrained("$out/export/hf/speech")
+  $out/export/hf/text                      AutoModel, AutoTokenizer.from_pretrained("$out/export/hf/text")
 Next:
   python tools/probe.py --checkpoint $out/image --train $out/shards/image/train --test $out/shards/image/valid
   python tools/make_shards.py image --input YOUR/IMAGES --output YOUR/SHARDS
   python tools/make_shards.py speech --input YOUR/RECORDINGS --output YOUR/SHARDS
+  python tools/make_shards.py text --input YOUR/TEXTS --tokenizer TOKENIZER --output YOUR/SHARDS
   deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json --config vision_tiny --data.shards YOUR/SHARDS --train.output_dir runs/mine
   deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json --config speech_tiny --data.shards YOUR/SHARDS --train.output_dir runs/mine
+  deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json --config text_tiny --data.shards YOUR/SHARDS --train.output_dir runs/mine
   python launch/pretrain.py --help
 EOF

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megad2v.config.schema import Config
 from megad2v.data.blocks import BlockSet
 from megad2v.data.format import read_dataset
-from megad2v.data.plan import Row, in_order, rank_share, training_plan, validation_plan
+from megad2v.data.plan import Row, in_order, rank_share, shuffled, training_plan, validation_plan
 from megad2v.data.shardset import Samples, ShardSet, about_key, pattern_of
 from megad2v.data.workers import MicroBatches, Stream
 from megad2v.errors import UserError
@@ -107,6 +110,8 @@ class FiniteBatches:
         """Samples that this rank meets in one pass."""
         self.classes: tuple[str, ...] = ()
         """Class names by id (labelled_batches)."""
+        self.labels: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        """(samples of the shards,) class ids, in their order (labelled_batches)."""
         self.remarks: list[str] = []
         """As TrainingLoader.remarks (validation_batches)."""
         self._plan = plan
@@ -140,8 +145,11 @@ def validation_batches(config: Config, *, rank: int, world: int) -> FiniteBatche
     return batches
 
 
-def labelled_batches(pattern: str, config: Config, batch_size: int, workers: int) -> FiniteBatches:
+def labelled_batches(
+    pattern: str, config: Config, batch_size: int, workers: int, *, epochs: int | None = None, seed: int = 0
+) -> FiniteBatches:
     """Every sample of the shards once, in order, with labels, unmasked and not augmented; `.classes` has the names.
+    With `epochs`: that many times, in orders that `seed` draws.
 
     Names come from dataset.json beside the shards; without one they are the ids themselves.
     Raises UserError when a sample has no label, or a label that dataset.json has no name for.
@@ -154,7 +162,12 @@ def labelled_batches(pattern: str, config: Config, batch_size: int, workers: int
     if labels.min() < 0:
         where = shards.sample_id(int(labels.argmin()))
         raise UserError(f"{where}: has no class id; probes need KEY.cls with a whole number in every sample")
-    batches = FiniteBatches(shards, _transform(config, "probe"), in_order(len(shards), batch_size), workers)
+    if epochs is None:
+        plan = in_order(len(shards), batch_size)
+    else:
+        plan = shuffled(len(shards), batch_size, epochs=epochs, seed=seed)
+    batches = FiniteBatches(shards, _transform(config, "probe"), plan, workers)
+    batches.labels = labels
     batches.classes = _class_names(shards, int(labels.max()))
     return batches
 

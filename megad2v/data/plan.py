@@ -12,7 +12,7 @@ import numpy as np
 
 from megad2v.config.schema import Config
 from megad2v.data.buckets import BucketPlan, LengthBudget, grouped_in_order
-from megad2v.data.order import Int64s, SampleOrder
+from megad2v.data.order import Int64s, KeyedPermutation, SampleOrder
 from megad2v.data.shardset import Samples
 from megad2v.errors import UserError
 from megad2v.modalities.speech.geometry import sample_count
@@ -125,6 +125,15 @@ def row_lengths(config: Config, shards: Samples) -> Int64s:
 def in_order(total: int, size: int) -> list[list[Row]]:
     """Samples 0..total-1, `size` to a micro-batch."""
     return [[(0, index) for index in range(start, min(start + size, total))] for start in range(0, total, size)]
+
+
+def shuffled(total: int, size: int, *, epochs: int, seed: int) -> list[list[Row]]:
+    """`epochs` times all samples, each time in another order; the last micro-batch of an epoch may be smaller."""
+    plan: list[list[Row]] = []
+    for epoch in range(epochs):
+        order = KeyedPermutation(total, "labelled", seed, epoch)(np.arange(total)).tolist()
+        plan += [[(epoch, index) for index in order[start : start + size]] for start in range(0, total, size)]
+    return plan
 
 
 def _left_out(key: str, config: Config, lengths: Int64s, budget: LengthBudget) -> list[str]:

@@ -69,7 +69,7 @@ def extract(models: Mapping[str, Student], batches: Iterable[Batch], *, layer: i
         labels.append(batch.labels[:real])
         for name, model in models.items():
             on_device = batch.to(next(model.parameters()).device)
-            collected[name].append(_pooled(model.eval(), on_device, layer)[:real].cpu())
+            collected[name].append(pooled(model.eval(), on_device, layer)[:real].cpu())
     if not sum(len(part) for part in labels):
         raise UserError("no sample could be decoded; the shards' index and quarantine say more")
     by_model = {name: torch.cat(parts).numpy() for name, parts in collected.items()}
@@ -79,8 +79,8 @@ def extract(models: Mapping[str, Student], batches: Iterable[Batch], *, layer: i
     return LabelledFeatures(by_model, torch.cat(labels).numpy(), dropped)
 
 
-def _pooled(model: Student, batch: Batch, layer: int | None) -> Tensor:
-    """float32 (B, D): the mean over positions that are not padding."""
+def pooled(model: Student, batch: Batch, layer: int | None = None) -> Tensor:
+    """float32 (B, D): the mean over positions that are not padding, of the output or of block `layer`."""
     padding_bt = batch.padding_bt
     prefixed_bt = None if padding_bt is None else F.pad(padding_bt, (model.prefix_tokens, 0))
     clean_btd = model.front_end(batch.inputs, None)[1]
@@ -121,7 +121,6 @@ def _score_one(
     name: str, train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, seed: int
 ) -> ProbeScores:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -145,10 +144,16 @@ def _score_one(
     ).fit(train, train_labels)
     return ProbeScores(
         name,
-        knn=float(balanced_accuracy_score(test_labels, knn.predict(test))),
-        linear=float(balanced_accuracy_score(test_labels, search.predict(test))),
+        knn=balanced_accuracy(test_labels, knn.predict(test)),
+        linear=balanced_accuracy(test_labels, search.predict(test)),
         strength=float(search.best_params_["logisticregression__C"]),
     )
+
+
+def balanced_accuracy(labels: np.ndarray, guesses: np.ndarray) -> float:
+    """The mean over the classes present of each one's accuracy."""
+    right = labels == guesses
+    return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
 
 
 def chance_level(labels: np.ndarray) -> float:

@@ -72,6 +72,25 @@ def test_table_and_json(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {path.name for path in tmp_path.iterdir()} == {"probe.json", "again.json"}
 
 
+def test_fine_tuning(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows and settings as asked for; one colour per class is learned by all; same seed, same numbers."""
+    arguments = ["--fine-tune", "--seeds", 2, "--epochs", 4, "--lr", 0.01, "--batch-size", 8]
+    assert call(place, *arguments, "--output", tmp_path / "a.json", "--weights", "random", "student") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 7  train 40 test 13 classes 3 seeds 2"
+    assert [line.split()[0] for line in lines[1:]] == ["weights", "random", "student", "chance"]
+    first = json.loads((tmp_path / "a.json").read_text())
+    assert first["seeds"] == [3, 4]  # from the run's on
+    settings = first["fine_tuning"]
+    assert (settings["epochs"], settings["lr"], settings["batch_size"]) == (4, 0.01, 8)
+    random, student = first["rows"]
+    assert len(student["accuracies"]) == 2
+    assert min(random["mean"], student["mean"]) > 0.9
+    again = ["--output", tmp_path / "b.json", "--weights", "student", "--workers", 1, "--seed", 4, "--seeds", 1]
+    assert call(place, *arguments, *again) == 0
+    assert json.loads((tmp_path / "b.json").read_text())["rows"][0]["accuracies"] == student["accuracies"][1:]
+
+
 def test_bad_input_is_one_line_and_exit_2(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards(tmp_path / "unlabelled", 6, label=False)
     shards(tmp_path / "others", 12, classes=("0", "2", "1"))  # without names, an id is its own
@@ -79,6 +98,10 @@ def test_bad_input_is_one_line_and_exit_2(place: Path, tmp_path: Path, capsys: p
         (["--weights", "best"], {}, "--weights best: expected any of random student teacher"),
         (["--layer", 0], {}, "--layer: expected 1 to 3, got 0"),
         (["--layer", 4], {}, "--layer: expected 1 to 3, got 4"),
+        (["--fine-tune", "--layer", 2], {}, "--layer: is for frozen features"),
+        (["--fine-tune", "--seeds", 0], {}, "--seeds and --epochs: expected at least 1"),
+        (["--fine-tune", "--lr", "nan"], {}, "--lr more than 0"),
+        (["--fine-tune", "--lr", 1e30], {}, "fine-tuning diverged"),
         (["--device", "abacus"], {}, "--device abacus: not usable here"),
         (["--batch-size", 0], {}, "expected at least 1"),
         (["--workers", -1], {}, "expected 0 or more"),

@@ -42,11 +42,12 @@ def test_demo_and_every_command_after_it(tmp_path: Path) -> None:
         "DEMO_STEPS": "4",
         "DEMO_IMAGES_PER_CLASS": "25",
         "DEMO_CLIPS_PER_SPEAKER": "3",
+        "DEMO_STORIES": "300",
         "HF_HUB_OFFLINE": "1",
     }
     done = run_command(["bash", "launch/demo.sh"], timeout=300, cwd=tmp_path, env=environment, ranks=4)
     assert done.returncode == 0, done.stdout + done.stderr
-    for corpus in ("image", "speech"):
+    for corpus in ("image", "speech", "text"):
         export = tmp_path / "runs" / "demo" / "export" / "hf" / corpus
         assert (export / "model.safetensors").exists() and (export / "parity.json").exists()
     assert "runs/demo/export/hf/image" in done.stdout and "tools/probe.py" in done.stdout

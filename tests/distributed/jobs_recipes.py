@@ -26,8 +26,17 @@ def _small_speech(config: Config) -> dict[str, Any]:
     }
 
 
-SMALL = {"vision": _small_vision, "speech": _small_speech}
+def _small_text(config: Config) -> dict[str, Any]:
+    """Rows of half a document of tests/unit/text_helpers.py, and its ids."""
+    from tests.unit.text_helpers import VOCABULARY
+
+    return {"text__vocabulary": VOCABULARY, "text__max_tokens": 32}
+
+
+SMALL = {"vision": _small_vision, "speech": _small_speech, "text": _small_text}
 """By modality, what makes its inputs small. A recipe of a new modality needs an entry here."""
+SPLIT = {"text_large": {"parallel__tensor": 2, "parallel__sequence": True}}
+"""Recipes that are split here though they need not be: text has parts of its own to split, the table of tokens."""
 
 
 def small(recipe: str, ranks: int, shards: dict[str, str], output: str) -> Config:
@@ -40,10 +49,9 @@ def small(recipe: str, ranks: int, shards: dict[str, str], output: str) -> Confi
         recipe,
         model__width=4 * config.model.heads,
         model__depth=config.targets.layers,
-        parallel__tensor=min(config.parallel.tensor, ranks),
         schedule__warmup_steps=0,
         data__shards=shards[config.modality],
-        data__micro_batch={"samples": 2, "seconds": None},
+        data__micro_batch={"samples": 2, "seconds": None, "tokens": None},
         data__workers=0,
         train__steps=1,
         train__micro_batches_per_step=ranks,
@@ -53,6 +61,7 @@ def small(recipe: str, ranks: int, shards: dict[str, str], output: str) -> Confi
         train__tensorboard=False,
         train__output_dir=output,
         **SMALL[config.modality](config),
+        **SPLIT.get(recipe, {"parallel__tensor": min(config.parallel.tensor, ranks)}),
     )
 
 

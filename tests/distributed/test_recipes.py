@@ -1,4 +1,4 @@
-"""Every recipe of the package trains: one update on images or recordings through the package's own set-up and loop."""
+"""Every recipe of the package trains: one update on images, recordings or text through its own set-up and loop."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from megad2v.config.load import load_config, recipes
 from tests.distributed.harness import run_ranks
 from tests.unit.data_helpers import write_shards
 from tests.unit.speech_helpers import write_speech
+from tests.unit.text_helpers import story, write_text
 
 RANKS = 2
-RECIPES = sorted(name for name in recipes() if not name.startswith("text_"))  # until text has a loader
+RECIPES = sorted(recipes())
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     shards = {
         "vision": str(write_shards(output / "images")),
         "speech": str(write_speech(output / "speech", [1000, 2000, 3000, 9000] * 4)),
+        "text": str(write_text(output / "text", [story(60, seed) for seed in range(16)])),
     }
     arguments = {"recipes": RECIPES, "shards": shards}
     return run_ranks("tests.distributed.jobs_recipes:one_update", RANKS, arguments, timeout=200, output=output)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from megad2v.data.order import SampleOrder
-from megad2v.data.plan import SamplePlan, rank_share
+from megad2v.data.plan import SamplePlan, rank_share, shuffled
 from megad2v.errors import UserError
 
 
@@ -47,3 +47,15 @@ def test_ranks_share_a_step(world: int) -> None:
 def test_micro_batches_that_cannot_be_shared(micro_batches: int, world: int) -> None:
     with pytest.raises(UserError, match=r"train\.micro_batches_per_step.*multiple of"):
         rank_share(micro_batches, 0, world)
+
+
+def test_shuffled_epochs() -> None:
+    """Every sample once an epoch, in another order each time and for another seed."""
+    plan = shuffled(10, 4, epochs=3, seed=1)
+    assert [len(rows) for rows in plan] == [4, 4, 2] * 3
+    by_epoch = [[row for rows in plan[start : start + 3] for row in rows] for start in (0, 3, 6)]
+    assert [{epoch for epoch, _ in rows} for rows in by_epoch] == [{0}, {1}, {2}]
+    orders = [[index for _, index in rows] for rows in by_epoch]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert len({tuple(order) for order in [*orders, list(range(10))]}) == 4
+    assert plan == shuffled(10, 4, epochs=3, seed=1) != shuffled(10, 4, epochs=3, seed=2)
