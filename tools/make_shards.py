@@ -224,9 +224,7 @@ def corpus(args: argparse.Namespace) -> Corpus:
 def run(args: argparse.Namespace, team: Team | None = None) -> str:
     """Make the shards; returns the line to print. Raises UserError."""
     if args.mpi and args.workers is not None:
-        raise UserError(
-            "--workers: with --mpi the ranks do the work; leave it out and start as many as there are cores"
-        )
+        raise UserError("--workers: with --mpi the ranks do the work; leave it out, and start one rank a core")
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     _check("--workers", workers, 0, 1024)
     size = parse_size(args.max_shard_size)

@@ -1,7 +1,7 @@
 """Which samples get into which shard: a function of their order and sizes alone, whoever prepares or writes them.
 
 Files, in their shuffled order, are divided into chunks. What becomes of a chunk lies in a file of its own, and its
-heads (outcomes without their bytes) are all that is needed here: one process decides for any number that read and write.
+heads (outcomes without their bytes) are all that is needed here: one process decides for all that read and write.
 """
 
 from __future__ import annotations
