@@ -139,9 +139,7 @@ class Journal:
                     yield number, json.loads(line)
                     number += 1
         for path in sorted((self._work / SPOOL_FOLDER).iterdir()):
-            if path.name.startswith("."):
-                path.unlink()
-            elif path.suffix != ".heads":
+            if path.suffix != ".heads":
                 if int(path.name) >= self.chunks and not heads_path(path).exists():
                     path.unlink()
             else:

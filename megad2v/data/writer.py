@@ -22,6 +22,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -93,9 +94,14 @@ def write_shard(path: Path, modality: str, samples: Iterable[tuple[str, Mapping[
     count = 0
     with aside.open("wb") as file:
         tar = TarWriter(file, user="", group="", mode=FILE_MODE, encoder=False, mtime=0)
-        for key, parts in samples:
-            tar.write({"__key__": key, **parts})
-            count += 1
+        try:
+            for key, parts in samples:
+                tar.write({"__key__": key, **parts})
+                count += 1
+        except BaseException:
+            with suppress(OSError):  # or it would try again when it is collected, and print what it meets
+                tar.close()
+            raise
         tar.close()
         file.flush()
         os.fsync(file.fileno())
@@ -153,7 +159,10 @@ class DatasetWriter:
             try:
                 shutil.rmtree(out / MADE_FOLDER, ignore_errors=True)
                 _clear(self._making, self.work, json.loads(text), overwrite)
-                self.restart() if not (self.work / PLAN_FILE).exists() else None
+                if not (self.work / PLAN_FILE).exists():
+                    self.restart()
+                for path in self.work.rglob(".*"):  # files that a killed run was writing
+                    path.unlink()
                 _write_whole(self.work / PLAN_FILE, text)
             except BaseException:
                 self._lock.close()

@@ -161,14 +161,6 @@ def processes_of(out: Path) -> list[int]:
     return sorted(found)
 
 
-def working_seconds(words: list[str], out: Path) -> float:
-    """How long .making is there, in a run that nobody disturbs."""
-    with spawn(words) as process:
-        begin = appears(process, out)
-        process.wait(LIMIT_S)
-        return time.monotonic() - begin
-
-
 def spawn(words: list[str]) -> subprocess.Popen[bytes]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, **ROOT, "PATH": path}
@@ -176,11 +168,17 @@ def spawn(words: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, cwd=REPOSITORY, env=environment, stdin=quiet, stdout=quiet, stderr=quiet)
 
 
-def appears(process: subprocess.Popen[bytes], out: Path) -> float:
-    end = time.monotonic() + LIMIT_S
-    while not (out / ".making").exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.002)
-    return time.monotonic()
+def wait_for_start(process: subprocess.Popen[bytes], out: Path) -> None:
+    """Until this run has claimed the output: it writes its plan, whether there is one or not."""
+    before, end = plan_times(out), time.monotonic() + LIMIT_S
+    while plan_times(out) <= before and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def plan_times(out: Path) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [path.stat().st_mtime_ns for path in out.glob(".making/*/plan.json")]
+    return []
 
 
 def kill(victims: list[int]) -> None:
@@ -191,31 +189,33 @@ def kill(victims: list[int]) -> None:
 
 def kill_and_go_on(corpora: Corpora, tmp_path: Path, modality: str, modes: tuple[str, ...], seed: int) -> None:
     """Each of `modes` starts the same run and kills it at a random moment; then one is left alone."""
-    out, rng, lost = tmp_path / "out", random.Random(seed), 0
+    out, rng, longest = tmp_path / "out", random.Random(seed), 0.4
+    expected = files(corpora.reference(modality))
     words = command(corpora, modality, out)
     starts = {"workers": [*words, "--workers", "2"], "mpirun": mpirun(2, words), "rank": mpirun(2, words)}
-    seconds = working_seconds(command(corpora, modality, tmp_path / "time", "--workers", "2"), tmp_path / "time")
+    waiting = list(modes)
     try:
-        for mode in modes:
-            if (out / "dataset.json").exists():
-                break
-            with spawn(starts[mode]) as process:
-                appears(process, out) if not (out / ".making").exists() else time.sleep(rng.uniform(0, 2))
-                time.sleep(rng.uniform(0, seconds))
-                # The ranks' own command lines are those of mpirun's end.
-                victims = [one for one in processes_of(out) if one != process.pid]
-                kill([rng.choice(victims)] if mode == "rank" and victims else [process.pid])
+        while waiting:
+            with spawn(starts[waiting[0]]) as process:
+                wait_for_start(process, out)
+                time.sleep(rng.uniform(0, longest))
+                others = [one for one in processes_of(out) if one != process.pid]
+                kill([rng.choice(others)] if waiting[0] == "rank" and others else [process.pid])
                 process.wait(LIMIT_S)
-                lost += process.returncode != 0
-        if not (out / "dataset.json").exists():
-            assert (out / ".making").exists() == bool(lost)
-            done = run_command(starts[modes[-1]], timeout=LIMIT_S, env=ROOT)
-            assert done.returncode == 0, done.stderr
+            if (out / "dataset.json").exists() and not (out / ".making").exists():  # too late
+                assert len(modes) > len(waiting) or longest > 1e-3
+                longest /= 2
+                shutil.rmtree(out)
+                waiting = list(modes)
+            else:
+                assert (out / ".making").exists()
+                assert process.returncode != 0
+                waiting.pop(0)
+        done = run_command(starts[modes[-1]], timeout=LIMIT_S, env=ROOT)
+        assert done.returncode == 0, done.stderr
     finally:
         kill(processes_of(out))
-    assert lost
-    shutil.rmtree(out / ".made", ignore_errors=True)
-    assert files(out) == files(corpora.reference(modality))
+    assert files(out) == expected
 
 
 @pytest.mark.timeout(4 * LIMIT_S)
