@@ -42,12 +42,21 @@ from megad2v.teacher.ema import ShardedTeacher
 from megad2v.training.loop import Run
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords
 from megad2v.training.schedules import schedule_remarks
+from megad2v.training.signals import StopRequests
 from megad2v.training.state import check_resumable, initialise_from, load
 
 T = TypeVar("T")
 
 
-def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:
+def set_up(
+    config: Config,
+    ds: dict[str, Any],
+    world: World,
+    *,
+    recipe: str,
+    watch: Watchdog | None = None,
+    requests: StopRequests | None = None,
+) -> Run:
     """Everything of a run, resumed where train.resume says so. Collective; raises UserError alike on every rank."""
     precision = resolve_precision(config.train.precision)
     _check_ranks(config, world)
@@ -90,6 +99,7 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
         guard=Guard(engine, world, watch or Watchdog(), limit=config.train.hang_timeout),
         logger=logger,
         lock=lock,
+        requests=requests or StopRequests(),
     )
     if world.is_main:
         print("\n".join(_report(run, ds, precision=precision, recipe=recipe, peak=peak_source)), flush=True)
