@@ -175,7 +175,7 @@ def _leave(run: Run, started_from: int) -> NoReturn:
         if run.saved != step:
             save_checkpoint(run)
         said = f"saved {step_directory(run.directory, step)}"
-    raise Preempted(f"preempted at step {step}, {in_words(reasons)}: {said}; the same command goes on from there")
+    raise Preempted(f"preempted at step {step} ({in_words(reasons)}): {said}; the same command goes on from there")
 
 
 def _due(step: int, every: int, last: int) -> bool:

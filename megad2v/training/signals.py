@@ -50,9 +50,9 @@ class StopRequests:
     def reason(self, max_minutes: float | None = None) -> str:
         """Why this process should stop now; "" where it need not. `max_minutes` count from the process's start."""
         if self.signal is not None:
-            return f"got {self.signal}"
+            return self.signal
         if max_minutes is not None and time.monotonic() - self._started >= 60 * max_minutes:
-            return f"has run for train.max_minutes ({max_minutes:g})"
+            return f"train.max_minutes ({max_minutes:g}) is over"
         return ""
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -79,11 +79,11 @@ def _process_age() -> float:
 
 
 def in_words(reasons: list[str]) -> str:
-    """`reasons` of all ranks in rank order: "ranks 0, 1 got SIGTERM; rank 2 has run for ..."."""
+    """`reasons` of all ranks in rank order: "ranks 0, 1: SIGTERM; rank 2: train.max_minutes (30) is over"."""
     ranks: dict[str, list[int]] = {}
     for rank, reason in enumerate(reasons):
         if reason:
             ranks.setdefault(reason, []).append(rank)
     return "; ".join(
-        f"rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))} {reason}" for reason, who in ranks.items()
+        f"rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}: {reason}" for reason, who in ranks.items()
     )
