@@ -46,6 +46,8 @@ from megad2v.training.signals import StopRequests
 from megad2v.training.state import check_resumable, initialise_from, load
 
 T = TypeVar("T")
+ORPHANS_S = 7.0
+"""How long the data workers of a killed run may keep its lock."""
 
 
 def set_up(
@@ -239,11 +241,15 @@ def _open_chosen(decide: Callable[[], str], world: World) -> Checkpoint | None:
 
 def _alone_in(directory: Path) -> FileLock:
     """Hold the run directory until the process ends. Two runs in one would mix their logs and delete each other's
-    checkpoints. Raises UserError where another run has it (as far as the file system knows locks)."""
+    checkpoints. Raises UserError where another run has it (as far as the file system knows locks) and keeps it.
+
+    Processes that were forked inherit a lock (filelock before 4): data workers of a rank that was killed hold on to it
+    until they notice, which takes torch 5 seconds.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=ORPHANS_S)
     except Timeout:
         raise UserError(
             f"train.output_dir: another run is writing to {directory}; end it, or choose another directory"

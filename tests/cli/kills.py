@@ -105,9 +105,9 @@ def _kill(run: LiveRun, kill: Kill) -> Outcome:
     outcome.logged, outcome.committed = last_step(run.output), max(steps_present(run.output), default=0)
     outcome.latest_behind = _latest_behind(run.output)
     checkpoints = run.output / "checkpoints"
-    whole, sizes = _whole_sizes(checkpoints), _sizes(checkpoints)
+    whole, sizes = _whole_sizes(checkpoints), _sizes(checkpoints, run.started)
     if sizes:
-        manifest = any(checkpoints.glob(".writing_*/index.json"))
+        manifest = any(path.stat().st_mtime >= run.started for path in checkpoints.glob(".writing_*/index.json"))
         data = len(sizes) == RANKS and all(size in (whole or sizes) for size in sizes)
         outcome.unfinished = "data and manifest" if manifest else "data" if data else "part of the data"
     return outcome
@@ -119,8 +119,7 @@ def _await(run: LiveRun, kill: Kill) -> None:
     if kill.moment == "start-up":
         time.sleep(kill.delay)
         return
-    fresh = not steps_present(run.output)
-    run.until(lambda: last_step(run.output) > 0 if fresh else "resumed from" in run.log(), PATIENCE_S)
+    run.until(lambda: "\nstep " in run.log(), PATIENCE_S)  # this life's first step
     start, newest = last_step(run.output), max(steps_present(run.output), default=0)
     if kill.moment == "step":
         run.until(lambda: last_step(run.output) > start + kill.skip, PATIENCE_S)
@@ -130,11 +129,11 @@ def _await(run: LiveRun, kill: Kill) -> None:
     whole = _whole_sizes(checkpoints)
 
     def written() -> int:
-        sizes = _sizes(checkpoints)
+        sizes = _sizes(checkpoints, run.started)
         return sum(size in (whole or sizes) for size in sizes)
 
     moments: dict[str, Callable[[], bool]] = {
-        "while data are written": lambda: bool(_sizes(checkpoints)),
+        "while data are written": lambda: bool(_sizes(checkpoints, run.started)),
         "between data and manifest": lambda: written() == RANKS,
         "between rename and latest": lambda: _latest_behind(run.output),
     }
@@ -149,15 +148,17 @@ def _whole_sizes(checkpoints: Path) -> list[int]:
     return [path.stat().st_size for path in sorted(checkpoints.glob("step_*/rank*.safetensors"))[-RANKS:]]
 
 
-def _sizes(checkpoints: Path) -> list[int]:
-    """Of the data files in folders that are being written."""
+def _sizes(checkpoints: Path, since: float) -> list[int]:
+    """Of the data files in folders that are being written, without those that a kill before `since` left."""
     sizes = []
     for path in checkpoints.glob(".writing_*/rank*.safetensors"):
         try:
-            sizes.append(path.stat().st_size)
+            found = path.stat()
         except OSError:  # committed in between
             continue
-    return [size for size in sizes if size]
+        if found.st_size > 0 and found.st_mtime >= since:
+            sizes.append(found.st_size)
+    return sizes
 
 
 def _latest_behind(output: Path) -> bool:

@@ -33,6 +33,7 @@ class LiveRun:
         count_ranks(ranks, "live run")
         self.output = Path(flags[list(flags).index("--train.output_dir") + 1])
         self._logs = logs
+        self.started = time.time()
         logs.mkdir(parents=True, exist_ok=True)
         self.processes: list[subprocess.Popen] = []
         with reserved_port() as port:

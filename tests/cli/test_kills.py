@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from megad2v.checkpoint.catalog import steps_present
 from megad2v.checkpoint.reader import Checkpoint
+from megad2v.training.setup import _alone_in
 from tests.cli.conftest import TINY
 from tests.cli.kills import MOMENTS, RANKS, draw, killed_run
 from tests.cli.live_run import LiveRun, curve, lines
@@ -54,3 +58,27 @@ def test_killed_five_times(demo_shards: Path, tmp_path: Path) -> None:
         print(outcome.line())
     same_run(run, whole, STEPS)
     assert steps_present(run)[-1] == STEPS
+
+
+HOLDER = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+if os.fork() == 0:  # a data worker
+    print("held", flush=True)
+    time.sleep(1.0)  # torch's notice after up to 5 s that they are alone
+    os._exit(0)
+time.sleep(60)
+"""
+
+
+@pytest.mark.timeout(30)
+def test_data_workers_of_a_killed_run_hold_its_lock_a_little_longer(tmp_path: Path) -> None:
+    """With a lock that processes inherit, as filelock's were before version 4."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    holder.kill()
+    holder.wait()
+    with pytest.raises(Timeout):
+        FileLock(tmp_path / ".lock").acquire(timeout=0)
+    _alone_in(tmp_path).release()
