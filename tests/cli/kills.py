@@ -100,6 +100,7 @@ def _kill(run: LiveRun, kill: Kill) -> Outcome:
     began = time.monotonic()
     for rank in kill.ranks:
         run.processes[rank].send_signal(signal.SIGKILL)  # not its data workers: they have to find out
+    run.end_as_launchers_do()
     codes = run.wait(60)
     outcome = Outcome(kill, codes=codes, seconds_to_end=round(time.monotonic() - began, 2))
     outcome.logged, outcome.committed = last_step(run.output), max(steps_present(run.output), default=0)

@@ -78,6 +78,15 @@ class LiveRun:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.processes[rank].pid, number)
 
+    def end_as_launchers_do(self, seconds: float = 1.0) -> None:
+        """A second after the first rank has ended, SIGTERM to the others, which may be waiting for it to start."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
+            time.sleep(POLL_S)
+        for rank, process in enumerate(self.processes):
+            if process.poll() is None:
+                self.signal(rank, signal.SIGTERM)
+
     def wait(self, seconds: float = 60.0) -> list[int]:
         """Exit codes of all ranks (negative: the signal that ended it), in rank order."""
         deadline = time.monotonic() + seconds
