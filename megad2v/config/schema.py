@@ -266,6 +266,9 @@ class TrainConfig:
     """Checkpoint whose student and teacher weights start a new schedule (step 0, fresh optimizer)."""
     init_teacher: Literal["teacher", "student"] = "teacher"
     """With train.init, what the teacher starts from: the checkpoint's teacher, or its student (the BEiT fork)."""
+    max_minutes: float | None = None
+    """Save and exit with code 75 at the first step that begins this long after a process was started (start-up counts);
+    null: never. Choose what a job may take, less one step, one validation and one save (docs/checkpoints.md)."""
     rendezvous_timeout: float = 300.0
     """Seconds that the ranks wait for each other at the start, before each says which host and port it tried."""
     tensorboard: bool = True

@@ -17,10 +17,10 @@ from megad2v.checkpoint.catalog import prune, step_directory, steps_present
 from megad2v.checkpoint.writer import CheckpointError, write_checkpoint
 from megad2v.config.schema import Config
 from megad2v.data.loader import FiniteBatches, TrainingLoader
-from megad2v.engine.distributed import World, sum_over
+from megad2v.engine.distributed import World, sum_over, together
 from megad2v.engine.guard import Guard
 from megad2v.engine.setup import TrainingEngine
-from megad2v.errors import BadNumericState, UserError
+from megad2v.errors import BadNumericState, Preempted, UserError
 from megad2v.metrics.logger import MetricsLogger
 from megad2v.metrics.statistics import StepStatistics
 from megad2v.metrics.throughput import Throughput
@@ -31,6 +31,7 @@ from megad2v.training.layer_drop import kept_blocks
 from megad2v.training.proposal import propose
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords, low_since
 from megad2v.training.schedules import rates_at
+from megad2v.training.signals import StopRequests, in_words
 from megad2v.training.state import Progress, save, state_memory
 from megad2v.training.step import StepCounts, count_step, take_step
 from megad2v.training.verdict import Halt, Verdict
@@ -59,11 +60,15 @@ class Run:
     """On the run directory; only on the main rank."""
     background: BackgroundWriter | None = None
     """With train.async_save."""
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+    """Files that every checkpoint carries, by their path in it: text's tokenizer."""
+    requests: StopRequests = field(default_factory=StopRequests)
+    """Signals that came to this process, and its time."""
     progress: Progress = field(default_factory=Progress)
     prunes: bool = True
     """Whether the last save lets older checkpoints go, once it is committed."""
-    extras: Mapping[str, bytes] = field(default_factory=dict)
-    """Files that every checkpoint carries, by their path in it: text's tokenizer."""
+    saved: int | None = None
+    """The step that was last saved, or started from."""
 
     def memory(self) -> list[Tensor]:
         """This rank's saved tensors, as views: masters, moments and averages."""
@@ -80,10 +85,15 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """From `run.progress` to train.steps. Every rank takes the same decisions from the same global counts."""
+    """From `run.progress` to train.steps. Every rank takes the same decisions from the same global counts.
+
+    Raises Preempted, BadNumericState, UserError on every rank alike.
+    """
     train, model, progress = run.config.train, run.config.model, run.progress
     watch = run.guard.watch
     steps = iter(run.loader)
+    started_from = run.saved = progress.step
+    run.requests.defer()
     verdict = Verdict(run.config.verdict, losses=progress.taken_losses, norms=progress.taken_norms)
     while progress.step < train.steps:
         started = time.perf_counter()
@@ -92,6 +102,8 @@ def train(run: Run) -> None:
         waited = time.perf_counter() - started
         blocks = kept_blocks(train.seed, progress.step, depth=model.depth, rate=model.layer_drop)
         counts = _agree(run, batches, blocks)
+        if run.guard.leaving:
+            _leave(run, started_from)
         due = _due(progress.step + 1, train.log_every, train.steps)
         statistics = StepStatistics(run.config.model.width, run.world.device) if due else None
         rate, decay = rates_at(run.config, progress.updates)
@@ -159,7 +171,23 @@ def _agree(run: Run, batches: Sequence[Batch], blocks: tuple[int, ...] | None) -
         depth=run.config.model.depth,
         blocks=blocks,
     )
-    return count_step(batches, run.world, partial(run.guard.agree, proposal))
+    leave = bool(run.requests.reason(run.config.train.max_minutes))
+    return count_step(batches, run.world, partial(run.guard.agree, proposal, leave=leave))
+
+
+def _leave(run: Run, started_from: int) -> NoReturn:
+    """Some rank was asked to stop: save what was computed, and raise Preempted on every rank. Collective."""
+    reason = run.requests.reason(run.config.train.max_minutes)
+    reasons = together(lambda: reason, errors=(), raises=RuntimeError)  # on the main rank, who asked
+    step = run.progress.step
+    if step == started_from:
+        said = "no step was taken, so there is nothing to save"
+    else:
+        if run.saved != step:
+            save_checkpoint(run)
+        finish_saving(run)
+        said = f"saved {step_directory(run.directory, step)}"
+    raise Preempted(f"preempted at step {step} ({in_words(reasons)}): {said}; the same command goes on from there")
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -283,6 +311,7 @@ def save_checkpoint(run: Run, *, delete_older: bool = True) -> None:
             write=write_checkpoint if background is None else partial(background.start, begun=begun),
             extras=run.extras,
         )
+    run.saved = run.progress.step
     if background is None:
         seconds = time.perf_counter() - begun
         _committed(run, Saved(directory, seconds, seconds))

@@ -30,11 +30,12 @@ from megad2v.engine.guard import Disagreement
 from megad2v.engine.launcher import find_place
 from megad2v.engine.rendezvous import RendezvousError
 from megad2v.engine.watchdog import Watchdog, start_watchdog
-from megad2v.errors import BadNumericState, UserError
+from megad2v.errors import BadNumericState, Preempted, UserError
 from megad2v.metrics.report import peak_memory
 from megad2v.modalities.text.tokenizer import Tokenizer
 from megad2v.training.loop import Run, finish_saving, train
 from megad2v.training.setup import set_up
+from megad2v.training.signals import StopRequests
 from megad2v.training.state import load
 
 DEMO_CORPORA = {"vision": "image", "speech": "speech", "text": "text"}
@@ -45,11 +46,13 @@ SPEAKING_SECONDS = 3.0
 """How long a rank stays for the others to say what is wrong, where they cannot meet in a barrier."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `launch/pretrain.py`; returns the exit code. Wrong input is one line, printed by one rank."""
+def main(arguments: Sequence[str] | None = None, requests: StopRequests | None = None) -> int:
+    """Run `launch/pretrain.py`; returns the exit code. Wrong input is one line, printed by one rank. `requests` hears
+    signals, where the process is ours."""
     rank, first_of_host = 0, True  # so that what its launcher says of a process can be refused, too
-    watch = Watchdog()
+    watch, requests = Watchdog(), requests or StopRequests()
     try:
+        requests.start_up()
         place = find_place(os.environ)
         rank, first_of_host = place.rank, place.local_rank == 0
         command = parse_command_line(sys.argv[1:] if arguments is None else arguments)
@@ -71,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         watch = start_watchdog(world, folder, config.train.hang_timeout)
         config, extras = with_tokenizer(config)
         if command.check:
-            check(config, ds, world, recipe=command.recipe, watch=watch, extras=extras)
+            check(config, ds, world, recipe=command.recipe, watch=watch, requests=requests, extras=extras)
         else:
-            pretrain(config, ds, world, recipe=command.recipe, watch=watch, extras=extras)
+            pretrain(config, ds, world, recipe=command.recipe, watch=watch, requests=requests, extras=extras)
     except (UserError, BadNumericState, CheckpointError) as error:
         # Before the ranks have met, each may be wrong in its own way: a file may be missing on one host alone.
         if rank == 0 or error.on_one_rank or (first_of_host and not distributed.joined()):
@@ -90,6 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pretrain: error: rank {rank}: {error}", file=sys.stderr, flush=True)
         watch.fail(str(error))
         distributed.leave_now(1)
+    except Preempted as stop:
+        if rank == 0 or stop.on_one_rank:
+            print(f"pretrain: {stop} (exit code {stop.exit_code})", file=sys.stderr, flush=True)
+        if stop.on_one_rank:
+            watch.fail(str(stop), stop.exit_code)
+            distributed.leave_now(stop.exit_code)
+        distributed.stop()
+        return stop.exit_code
     except KeyboardInterrupt:
         if rank == 0:
             print("pretrain: interrupted", file=sys.stderr, flush=True)
@@ -141,10 +152,12 @@ def pretrain(
     *,
     recipe: str,
     watch: Watchdog | None = None,
+    requests: StopRequests | None = None,
     extras: Mapping[str, bytes] | None = None,
 ) -> Run:
-    """Set up, resume, train; `extras` are files that every checkpoint carries. Raises UserError alike on every rank."""
-    run = set_up(config, ds, world, recipe=recipe, watch=watch, extras=extras)
+    """Set up, resume, train; `extras` are files that every checkpoint carries. Raises UserError and Preempted alike on
+    every rank."""
+    run = set_up(config, ds, world, recipe=recipe, watch=watch, requests=requests, extras=extras)
     try:
         train(run)
     except (UserError, BadNumericState) as error:
@@ -182,6 +195,7 @@ def check(
     *,
     recipe: str,
     watch: Watchdog | None = None,
+    requests: StopRequests | None = None,
     extras: Mapping[str, bytes] | None = None,
 ) -> None:
     """--check: one step, one validation, one save, one load that must give the same bits; peak memory.
@@ -209,7 +223,7 @@ def check(
     schedule = replace(config.schedule, kind="constant", warmup_steps=0)
     config = replace(config, train=one, teacher=teacher, schedule=schedule)
     try:
-        run = pretrain(config, ds, world, recipe=recipe, watch=watch, extras=extras)
+        run = pretrain(config, ds, world, recipe=recipe, watch=watch, requests=requests, extras=extras)
         peak, what = peak_memory(world.device)  # before the copies that only this check makes
         together(lambda: _reload(run), errors=(UserError,), raises=UserError)
         if world.is_main:

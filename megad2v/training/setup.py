@@ -49,9 +49,12 @@ from megad2v.teacher.ema import ShardedTeacher
 from megad2v.training.loop import Run
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords
 from megad2v.training.schedules import schedule_remarks
+from megad2v.training.signals import StopRequests
 from megad2v.training.state import check_resumable, initialise_from, load, other_tokenizer
 
 T = TypeVar("T")
+ORPHANS_S = 7.0
+"""How long the data workers of a killed run may keep its lock."""
 
 
 def set_up(
@@ -61,6 +64,7 @@ def set_up(
     *,
     recipe: str,
     watch: Watchdog | None = None,
+    requests: StopRequests | None = None,
     extras: Mapping[str, bytes] | None = None,
 ) -> Run:
     """Everything of a run, resumed where train.resume says so; `extras` are files that its checkpoints carry (text: the
@@ -113,6 +117,7 @@ def set_up(
         background=BackgroundWriter(at=watch.at) if config.train.async_save else None,
         logger=logger,
         lock=lock,
+        requests=requests or StopRequests(),
         extras=extras,
     )
     if world.is_main:
@@ -247,11 +252,15 @@ def _clear_up(directory: Path) -> None:
 
 def _alone_in(directory: Path) -> FileLock:
     """Hold the run directory until the process ends. Two runs in one would mix their logs and delete each other's
-    checkpoints. Raises UserError where another run has it (as far as the file system knows locks)."""
+    checkpoints. Raises UserError where another run has it (as far as the file system knows locks) and keeps it.
+
+    Processes that were forked inherit a lock (filelock before 4): data workers of a rank that was killed hold on to it
+    until they notice, which takes torch 5 seconds.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=ORPHANS_S)
     except Timeout:
         raise UserError(
             f"train.output_dir: another run is writing to {directory}; end it, or choose another directory"

@@ -108,6 +108,13 @@ def tiny_config(
     return config if modality == "vision" else _as_speech(config)
 
 
+def matrix_config() -> Config:
+    """Sizes that neither 2 nor 4 ranks share evenly: width 18 in heads of 9, MLPs of 70, so that every kind of fragment
+    ends in padding somewhere."""
+    config = tiny_config(steps=10)
+    return replace(config, model=replace(config.model, width=18, heads=2, mlp_ratio=3.9))
+
+
 def _as_speech(config: Config) -> Config:
     model = ModelConfig(
         width=24,
