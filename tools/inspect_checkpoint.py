@@ -20,8 +20,8 @@ The files are plain safetensors: KIND/NAME@START holds elements [START, START + 
 the kinds student (float32 weights), teacher (their average), exp_avg and exp_avg_sq (Adam's moments).
 
 examples:
-  python tools/inspect_checkpoint.py runs/mine                                # all of a run, and which one is resumed from
-  python tools/inspect_checkpoint.py runs/mine/checkpoints/step_00000500      # its layout and parameter table
+  python tools/inspect_checkpoint.py runs/mine                               # all of a run; what is resumed from
+  python tools/inspect_checkpoint.py runs/mine/checkpoints/step_00000500     # its layout and parameter table
   python tools/inspect_checkpoint.py runs/mine --verify --json | jq .resume
 
 Exit code 0; 1 where PATH is a damaged checkpoint, or a run without a valid one; 2 where PATH is neither.
