@@ -25,6 +25,7 @@ AUGMENT = "tests/unit/test_augment.py"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
 LENGTHS, SPANS = "tests/unit/test_plan_lengths.py", "tests/unit/test_speech_masking.py"
 PREEMPTED = "tests/cli/test_preemption.py::test_under_the_deepspeed_launcher"
+BACKGROUND, CATALOG = "tests/unit/test_background.py", "tests/unit/test_catalog.py"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
@@ -535,6 +536,63 @@ MUTANTS = (
         'entry["step"].fill_(checkpoint.index.state["adam_step"])',
         'entry["step"].fill_(0.0)',
         "tests/cli/test_resume.py::test_resumed_after_a_damaged_checkpoint_equals_uninterrupted[zero1]",
+    ),
+    # --- checkpoints
+    Mutant(
+        "the update does not wait for the copy",
+        "megad2v/checkpoint/background.py",
+        "        self._pending.write.staged.wait()\n",
+        "",
+        f"{BACKGROUND}::test_an_update_waits_for_the_copy",
+    ),
+    Mutant(
+        "the background writes from live memory",
+        "megad2v/checkpoint/background.py",
+        "write_own_file(self._directory, self._copies)",
+        "write_own_file(self._directory, self._pieces)",
+        f"{BACKGROUND}::test_training_goes_on_while_it_is_written",
+    ),
+    Mutant(
+        "an error in the background is lost",
+        "megad2v/checkpoint/background.py",
+        "        if self._error is not None:\n            raise self._error\n",
+        "",
+        f"{BACKGROUND}::test_its_error_is_raised_and_older_ones_stay",
+    ),
+    Mutant(
+        "a failure in the background waits for the slowest rank",
+        "megad2v/checkpoint/background.py",
+        "return failed > 0 or done",
+        "return done",
+        f"{BACKGROUND}::test_a_failure_is_heard_while_others_write",
+    ),
+    Mutant(
+        "a step that was being replaced is lost",
+        "megad2v/checkpoint/catalog.py",
+        "            old.rename(directory)\n",
+        "",
+        f"{CATALOG}::test_recover_takes_back_a_step_that_was_being_replaced",
+    ),
+    Mutant(
+        "damaged checkpoints count as kept",
+        "megad2v/checkpoint/catalog.py",
+        "whole += damage(directory, checksums=False) is None",
+        "whole += 1",
+        f"{CATALOG}::test_a_damaged_one_does_not_count_as_kept",
+    ),
+    Mutant(
+        "every rank verifies the first rank's share",
+        "megad2v/checkpoint/catalog.py",
+        "share = (dist.get_rank(), dist.get_world_size())",
+        "share = (0, dist.get_world_size())",
+        "tests/distributed/test_checkpoint_ranks.py::test_verification_is_shared_out",
+    ),
+    Mutant(
+        "checksum of the header alone",
+        "megad2v/checkpoint/stream.py",
+        "            digest.update(block)\n",
+        "            size or digest.update(block)\n",
+        "tests/unit/test_checkpoint.py::test_safetensors_reads_what_was_streamed",
     ),
     # --- launchers and the meeting
     Mutant(

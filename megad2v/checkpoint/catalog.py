@@ -151,28 +151,30 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises UserError where there is none. For one process; a step directory is not verified.
     """
-    if _is_step(path):
+    if is_step(path):
         return path
-    directory, reasons = newest_valid(_run_of(path))
+    directory, reasons = newest_valid(run_of(path))
     return directory or _none_here(path, reasons)
 
 
 def find_checkpoint_by_all(path: Path) -> Path:
     """The same, verified, with the files shared out over all ranks. Collective, as `newest_valid_by_all`."""
-    if broadcast_text("a step" if dist.get_rank() == 0 and _is_step(path) else ""):
+    if broadcast_text("a step" if dist.get_rank() == 0 and is_step(path) else ""):
         problem = damage_by_all(path)
         if problem is not None:
             raise UserError(f"{problem}; use an older checkpoint")
         return path
-    directory, reasons = newest_valid_by_all(_run_of(path))
+    directory, reasons = newest_valid_by_all(run_of(path))
     return directory or _none_here(path, reasons)
 
 
-def _is_step(path: Path) -> bool:
+def is_step(path: Path) -> bool:
+    """Whether `path` is, or is called like, one checkpoint."""
     return (path / INDEX).exists() or _STEP.fullmatch(path.name) is not None
 
 
-def _run_of(path: Path) -> Path:
+def run_of(path: Path) -> Path:
+    """The run directory that `path` means: itself, or what its folder checkpoints/ lies in."""
     return path.parent if path.name == "checkpoints" else path
 
 

@@ -16,7 +16,7 @@ from megad2v.errors import UserError
 
 FORMAT = 2
 READABLE = (1, 2)
-"""Format 1 (until 0.2) had SHA-256 of every file and one row per kind of a fragment."""
+"""Format 1 had SHA-256 of every file, and a row per kind of a fragment."""
 INDEX = "index.json"
 KINDS = ("student", "teacher", "exp_avg", "exp_avg_sq")
 """float32 master weights, float32 average, Adam's first and second moment."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 """Bytes that are hashed and written at once: few enough to be in the processor's cache for the second of these."""
+SMALL = 1 << 16
+"""Fragments up to that many bytes are collected before they are written; larger ones are not copied once more."""
 DEVICE_CHUNK = 64 << 20
 """Bytes that are copied from a GPU at once: all that a save in the foreground needs of extra host memory."""
 ALGORITHM = "xxh3_128"
@@ -40,7 +42,7 @@ def write_tensors(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
     """
     pieces = [piece for piece in pieces if piece.values.numel()]
     size, digest = 0, HASHES[ALGORITHM]()
-    with path.open("wb", buffering=CHUNK) as file:  # small fragments are collected there, large chunks pass it by
+    with path.open("wb", buffering=SMALL) as file:
         for block in _blocks(pieces):
             digest.update(block)
             size += file.write(block)

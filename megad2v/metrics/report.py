@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def _decoder(modality: str) -> dict[str, str]:
     return {"audio decoder": f"soundfile {soundfile.__version__} ({soundfile.__libsndfile_version__})"}
 
 
+@lru_cache(maxsize=1)  # of what runs, not of what lies there by the time of a later checkpoint; two processes, once
 def git_revision() -> str:
     """Short revision of the checkout this package lies in, "-dirty" where it has changes; "unknown" elsewhere."""
     here = Path(__file__).parent

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megad2v.checkpoint.catalog import find_checkpoint
 from megad2v.checkpoint.reader import Checkpoint
@@ -19,12 +20,12 @@ from tests.distributed.harness import REPOSITORY, run_command
 STEPS = 8
 
 
-def _train(shards: Path, output: Path, layout: str) -> str:
+def _train(shards: Path, output: Path, layout: str, *more: str) -> str:
     command = ["deepspeed", "--num_gpus", "2", "launch/pretrain.py", "--deepspeed", f"ds_configs/{layout}.json", *TINY]
     command += ["--data.shards", str(shards / "train"), "--data.valid", str(shards / "valid"), "--data.trace", "true"]
     command += ["--train.steps", str(STEPS), "--train.save_every", "4", "--train.log_every", "1"]
     # Dropout and drop path on, so that a generator that is not a pure function of the step shows.
-    command += ["--model.dropout", "0.1", "--model.drop_path", "0.2", "--train.output_dir", str(output)]
+    command += ["--model.dropout", "0.1", "--model.drop_path", "0.2", "--train.output_dir", str(output), *more]
     done = run_command(command, timeout=110, cwd=REPOSITORY, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -35,8 +36,17 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    times = {"step_seconds", "data_seconds", "tokens_per_second", "mfu", "save_seconds", "save_stall_seconds"}
-    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+    times = {"step_seconds", "data_seconds", "tokens_per_second", "mfu"}
+    return [{key: value for key, value in line.items() if key not in times} for line in lines if "saved" not in line]
+
+
+def _tensorboard_losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) as TensorBoard shows it: of steps that were taken twice the second."""
+    accumulator = EventAccumulator(str(run / "tensorboard"))
+    accumulator.Reload()
+    losses = [(event.step, event.value) for event in accumulator.Scalars("loss")]
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    return losses
 
 
 @pytest.mark.timeout(240)
@@ -45,26 +55,35 @@ def test_resumed_after_a_damaged_checkpoint_equals_uninterrupted(
     layout: str, demo_shards: Path, tmp_path: Path
 ) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
-    _train(demo_shards, whole, layout)
+    _train(demo_shards, whole, layout, "--train.save_every", "2", "--train.keep_last", "0")
     shutil.copytree(whole, again)
+    (again / "checkpoints" / "step_00000006" / "index.json").unlink()
     last = again / "checkpoints" / f"step_{STEPS:08d}"
     damaged = last / "rank00001.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-3] ^= 1
     damaged.write_bytes(content)
 
-    said = _train(demo_shards, again, layout)
+    # In the background, at every step: each is of the state before the next update, though that does not wait for it.
+    background = ("--train.async_save", "true", "--train.save_every", "1", "--train.keep_last", "0")
+    said = _train(demo_shards, again, layout, *background)
     assert f"passed over a checkpoint: {damaged}" in said and "checksum" in said
+    assert "step_00000006: not a checkpoint" in said
     assert "(step 4)" in said
 
-    first, second = (Checkpoint(run / "checkpoints" / last.name) for run in (whole, again))
-    second.verify()
-    for kind in ("student", "teacher", "exp_avg", "exp_avg_sq"):
-        assert first.names(kind) == second.names(kind) != []
-        for name, tensor in first.tensors(kind):
-            assert torch.equal(tensor, second.full(kind, name)), f"{kind} {name}"
-    assert first.index.state == second.index.state
+    for step in (6, STEPS):
+        first, second = (Checkpoint(run / "checkpoints" / f"step_{step:08d}") for run in (whole, again))
+        second.verify()
+        for kind in ("student", "teacher", "exp_avg", "exp_avg_sq"):
+            assert first.names(kind) == second.names(kind) != []
+            for name, tensor in first.tensors(kind):
+                assert torch.equal(tensor, second.full(kind, name)), f"{kind} {name}"
+        assert first.index.state == second.index.state
     assert _without_times(_lines(whole / "metrics.jsonl")) == _without_times(_lines(again / "metrics.jsonl"))
+    assert _tensorboard_losses(whole) == _tensorboard_losses(again)
+    saves = [line for line in _lines(again / "metrics.jsonl") if "saved" in line and line["step"] > 4]
+    assert [line["saved"] for line in saves] == [f"step_{step:08d}" for step in range(5, STEPS + 1)]
+    assert all(0 < line["save_stall_seconds"] <= line["save_seconds"] for line in saves)
     for rank in range(2):
         assert _lines(whole / "trace" / f"rank{rank}.jsonl") == _lines(again / "trace" / f"rank{rank}.jsonl")
 

@@ -143,6 +143,19 @@ def test_a_bug_in_the_thread_is_not_silent(alone: None, tmp_path: Path, monkeypa
             saver.finish()
 
 
+def test_a_failure_is_heard_while_others_write(alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a rank sees it whose own thread is done, when another's has failed and a third still writes."""
+    saver = BackgroundWriter()
+    start(saver, tmp_path, 1, torch.zeros(SIZE))
+    wait_for(saver)
+    for failed, done, ready in ((0, 1, False), (1, 2, True), (0, 3, True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "get_world_size", lambda: 3)
+            patch.setattr(dist, "all_reduce", lambda sums, values=(failed, done), **_: sums.copy_(torch.tensor(values)))
+            assert saver.ready() is ready
+    saver.finish()
+
+
 def test_a_process_killed_in_between_leaves_what_was_there(alone: None, tmp_path: Path, gate: threading.Event) -> None:
     saver, value = BackgroundWriter(), torch.zeros(SIZE)
     gate.set()

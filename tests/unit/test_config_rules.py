@@ -123,6 +123,7 @@ RULES: list[tuple[Config, str]] = [
     (broken(train={"steps": 0}), "train.steps: expected at least 1, got 0"),
     (broken(train={"micro_batches_per_step": 0}), "train.micro_batches_per_step: expected at least 1, got 0"),
     (broken(train={"keep_last": -1}), "train.keep_last: expected at least 0, got -1"),
+    (broken(train={"max_minutes": 0.0}), "train.max_minutes: expected more than 0 minutes, or null, got 0"),
     (broken(train={"rendezvous_timeout": 0.0}), "train.rendezvous_timeout: expected more than 0 seconds, got 0"),
     (broken(data={"workers": -1}), "data.workers must be at least 0 and data.window at least 1"),
     (broken(data={"window": 0}), "data.workers must be at least 0 and data.window at least 1"),
