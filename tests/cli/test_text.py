@@ -77,7 +77,7 @@ def test_a_damaged_tokenizer(tmp_path: Path) -> None:
     for spoilt, expected in (
         (
             {**about, "vocabulary": 262},
-            r"tokenizer/megad2v\.json: megad2v\.json is not the file that was written with it",
+            r"megad2v\.json is not the file that was written with it",
         ),
         ({**about, "format": 99}, "format 99, newer than 1; update megad2v"),
         ({}, r"tokenizer/megad2v\.json: not a tokenizer of megad2v"),
