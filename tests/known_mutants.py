@@ -26,6 +26,8 @@ UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gra
 LENGTHS, SPANS = "tests/unit/test_plan_lengths.py", "tests/unit/test_speech_masking.py"
 PREEMPTED = "tests/cli/test_preemption.py::test_under_the_deepspeed_launcher"
 BACKGROUND, CATALOG = "tests/unit/test_background.py", "tests/unit/test_catalog.py"
+TEXT = "tests/unit/test_text_front_end.py"
+HF_TEXT = "tests/parity/test_hugging_face_text.py"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
@@ -319,6 +321,77 @@ MUTANTS = (
         "                    partition.grad.zero_()\n",
         "                    pass\n",
         f"{UNUSED}[zero3_offload]",
+    ),
+    # --- text
+    Mutant(
+        "positions of text begin at 1",
+        "megad2v/modalities/text/front_end.py",
+        "places_bvt = real_bvt.cumsum(-1) * real_bvt + PAD",
+        "places_bvt = (real_bvt.cumsum(-1) - 1).clamp_min(0) * real_bvt + PAD",
+        f"{TEXT}::test_positions_count_what_is_not_padding",
+    ),
+    Mutant(
+        "positions of text count padding",
+        "megad2v/modalities/text/front_end.py",
+        "real_bvt.cumsum(-1) * real_bvt",
+        "real_bvt.new_ones(real_bvt.shape).cumsum(-1) * real_bvt",
+        f"{TEXT}::test_the_teacher_sees_chosen_tokens_alone",
+    ),
+    Mutant(
+        "a teacher of chosen tokens attends to padding",
+        "megad2v/modalities/text/front_end.py",
+        'return ids_bvt[:, 0] == PAD if self.teacher_sees == "masked_only" else padding_bt',
+        "return padding_bt",
+        f"{TEXT}::test_teacher_padding",
+    ),
+    Mutant(
+        "student and teacher of text change views",
+        "megad2v/modalities/text/front_end.py",
+        "return x_bvtd[:, -1], x_bvtd[:, 0]",
+        "return x_bvtd[:, 0], x_bvtd[:, -1]",
+        f"{TEXT}::test_views",
+    ),
+    Mutant(
+        "the row of <pad> is drawn like the others",
+        "megad2v/modalities/text/front_end.py",
+        "width, weight=zero_rows(scheme.encoder, PAD))\n\n",
+        "width, weight=scheme.encoder)\n\n",
+        f"{TEXT}::test_initial_values",
+    ),
+    Mutant(
+        "the segment's embedding is lost",
+        "megad2v/modalities/text/hf_keys.py",
+        "table[PAD + 1 :] += segments",
+        "table[PAD + 1 :] += 0 * segments",
+        f"{HF_TEXT}::test_their_weights_become_ours",
+    ),
+    Mutant(
+        "a certificate of tokenizers without texts",
+        "megad2v/convert/tokens.py",
+        "        if row != expected:",
+        "        if len(row) < 2:",
+        "tests/cli/test_convert.py::test_a_wrong_tokenizer_fails_its_certificate",
+    ),
+    Mutant(
+        "a run goes on with another tokenizer",
+        "megad2v/training/state.py",
+        "    return then != now",
+        "    return False",
+        "tests/cli/test_text.py::test_another_tokenizer",
+    ),
+    Mutant(
+        "the last part of a vocabulary is shorter",
+        "megad2v/parallel/layers.py",
+        "super().__init__(rows, width, weight=weight)",
+        "super().__init__(self.last - self.first, width, weight=weight)",
+        f"{PARALLEL}::test_vocabulary_is_split_unequally",
+    ),
+    Mutant(
+        "padding behind a vocabulary is saved",
+        "megad2v/parallel/sharding.py",
+        "rows = min(parameter.shape[0], full_rows - first_row)",
+        "rows = parameter.shape[0]",
+        f"{PARALLEL}::test_vocabulary_is_split_unequally",
     ),
     # --- tensor parallelism
     Mutant(

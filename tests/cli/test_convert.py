@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,18 @@ from megad2v.convert.load import checkpoint_config, load_encoder, open_checkpoin
 from megad2v.errors import UserError
 from megad2v.modalities.build import build_student
 from megad2v.modalities.speech import hf_keys as speech_keys
+from megad2v.modalities.text import hf_keys as text_keys
+from megad2v.modalities.text.synthetic import demo_story
+from megad2v.modalities.text.tokenizer import Tokenizer
+from megad2v.modalities.text.train import TrainingOptions, train_tokenizer
 from megad2v.modalities.vision import hf_keys
-from tests.checkpoints import small_config, small_speech_config, small_state, write_small_checkpoint
+from tests.checkpoints import (
+    small_config,
+    small_speech_config,
+    small_state,
+    small_text_config,
+    write_small_checkpoint,
+)
 from tests.tolerances import HUGGING_FACE
 from tools import convert_checkpoint
 
@@ -182,6 +193,127 @@ def test_any_wrong_speech_parameter_fails_the_certificate(tmp_path: Path) -> Non
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CertificateError, match="differs from ours") if name is not None else nullcontext():
             certify(tmp_path, student, speech_keys, config)
+
+
+def text_checkpoint(run: Path, tokenizer: Tokenizer | None, **text: object) -> dict[str, dict[str, torch.Tensor]]:
+    """A text run with one checkpoint that carries `tokenizer`; returns its tensors."""
+    vocabulary = 261 if tokenizer is None else tokenizer.vocabulary
+    config = small_text_config(text={"vocabulary": vocabulary, "tokenizer": str(run / "elsewhere"), **text})
+    files = tokenizer.core_files if tokenizer is not None else {}
+    state = small_state(config)
+    write_small_checkpoint(run, config, state, extras={f"tokenizer/{name}": files[name] for name in files})
+    return state
+
+
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_text(weights: str, tmp_path: Path) -> None:
+    """Of a text run: a certified folder whose tokenizer, model and fine-tuning classes work without a network."""
+    pytest.importorskip("sentencepiece")
+    lines = [line for number in range(200) for line in demo_story(number, 1)]
+    tokenizer = train_tokenizer(lines, TrainingOptions(700))
+    state = text_checkpoint(tmp_path / "run", tokenizer)
+    folder = tmp_path / "hf"
+    assert convert("--checkpoint", tmp_path / "run", "--to", "hf", "--output", folder, "--weights", weights) == 0
+    names = FILES - {"preprocessor_config.json"} | {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    parity = json.loads((folder / "parity.json").read_text())
+    assert parity["max_abs"] < HUGGING_FACE and parity["relative_float64"] < 1e-12
+    assert "32 random ids, and 22 with padding behind" in parity["input"]
+    assert parity["tokenizer"]["texts"] > 2_500 and parity["tokenizer"]["fingerprint"] == tokenizer.fingerprint
+    expected = build_student(small_text_config(text={"vocabulary": 700})).eval()
+    expected.load_state_dict(state["student"] | (state["teacher"] if weights == "teacher" else {}), strict=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    inputs = theirs(lines[:3], padding=True, truncation=True, return_tensors="pt")
+    assert inputs["input_ids"].shape[1] <= 32
+    model = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False, local_files_only=True).eval()
+    padding_bt = inputs["attention_mask"] == 0
+    with torch.no_grad():
+        ours = expected.features(inputs["input_ids"][:, None], padding_bt)
+        assert (ours - model(**inputs).last_hidden_state).abs().max() < HUGGING_FACE
+    for kind, new in (
+        ("SequenceClassification", {"classifier.dense", "classifier.out_proj"}),
+        ("TokenClassification", {"classifier"}),
+    ):
+        tuned, info = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
+            folder, num_labels=5, local_files_only=True, output_loading_info=True
+        )
+        assert {name.rpartition(".")[0] for name in info["missing_keys"]} == new and not info["unexpected_keys"]
+        assert tuned(**inputs).logits.shape[-1] == 5
+    card = (folder / "README.md").read_text()
+    for words in ("pipeline_tag: feature-extraction", "- data2vec-text", "data2vec text encoder", "AutoTokenizer"):
+        assert words in card, words
+    assert '"teacher_sees"' in card and '"conv_layers"' not in card and str(tmp_path) not in card
+
+
+def test_any_wrong_text_parameter_fails_the_certificate(tmp_path: Path) -> None:
+    """One element of any parameter, off by little; of the table of tokens a row that the input holds."""
+    text_checkpoint(tmp_path / "run", Tokenizer("bytes", 261, name="bytes"), max_tokens=128)
+    checkpoint = open_checkpoint(tmp_path / "run")
+    config, student = checkpoint_config(checkpoint), load_encoder(checkpoint, "student")
+    parameters = dict(student.named_parameters())
+    kinds = [name for name in parameters if not name.startswith(("head.", "encoder.blocks"))]
+    kinds += [name for name in parameters if name.startswith("encoder.blocks.1.")]
+    assert len(kinds) == 2 + 2 + 12
+    (tmp_path / "config.json").write_text(json.dumps(text_keys.model_config(config)))
+    for name in [None, *kinds]:
+        damaged = {**parameters}
+        if name is not None:
+            damaged[name] = parameters[name].clone()
+            damaged[name].view(-1)[parameters[name].numel() - 1] += 1e-3
+        state = text_keys.to_hugging_face(damaged, config)
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CertificateError, match="differs from ours") if name is not None else nullcontext():
+            certify(tmp_path, student, text_keys, config)
+
+
+def test_a_wrong_tokenizer_fails_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cuts a space off, one that finds "<mask>" in texts, one without an id: nothing is written."""
+    text_checkpoint(tmp_path / "run", Tokenizer("bytes", 261, name="bytes"))
+    right = text_keys.hugging_face_files
+
+    def stripped(settings: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+        tokenizer["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": False}
+
+    def finds_masks(settings: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+        settings["split_special_tokens"] = False
+
+    def lacks_an_id(settings: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+        tokenizer["model"]["vocab"].pop("<0xFF>")
+
+    for spoil, expected in (
+        (stripped, r"gives \[0, 2\] for ' ', ours \[0, 36, 2\]"),
+        (finds_masks, "for '<s> <pad> </s> <unk> <mask>"),
+        (lacks_an_id, "the exported tokenizer has 260 ids"),
+    ):
+
+        def wrong(tokenizer: Tokenizer, longest: int, spoil: Any = spoil) -> dict[str, str]:
+            files = {name: json.loads(content) for name, content in right(tokenizer, longest).items()}
+            spoil(files["tokenizer_config.json"], files["tokenizer.json"])
+            return {name: json.dumps(content) for name, content in files.items()}
+
+        monkeypatch.setattr(text_keys, "hugging_face_files", wrong)
+        with pytest.raises(CertificateError, match=expected):
+            export(open_checkpoint(tmp_path / "run"), tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_text_that_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sentencepiece")
+    lines = [line for number in range(50) for line in demo_story(number, 1)]
+    unigram = train_tokenizer(lines, TrainingOptions(400, model="unigram"))
+    text_checkpoint(tmp_path / "without", None)
+    text_checkpoint(tmp_path / "unigram", unigram)
+    text_checkpoint(tmp_path / "other", Tokenizer("bytes", 261, name="bytes"), vocabulary=262)
+    for name, expected in (
+        ("without", "the checkpoint holds no tokenizer"),
+        ("unigram", "a unigram vocabulary cannot be exported"),
+        ("other", "text.vocabulary: 262, but the checkpoint's tokenizer has 261 ids"),
+    ):
+        assert convert("--checkpoint", tmp_path / name, "--to", "hf", "--output", tmp_path / "hf") == 2
+        error = capsys.readouterr().err
+        assert expected in error and error.count("\n") == 1
+    assert not (tmp_path / "hf").exists()
 
 
 def test_fine_tuning_class_lacks_only_its_classifier(run: Path, tmp_path: Path) -> None:

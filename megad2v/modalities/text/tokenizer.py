@@ -176,7 +176,9 @@ class Tokenizer:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{place}: not a tokenizer of megad2v ({error!r}); make it again") from error
         if not fits:
-            raise UserError(f"{place}: {name} is not the file that was written with it; copy the folder again")
+            raise UserError(
+                f"{place}: {name or ABOUT_FILE} is not the file that was written with it; copy the folder again"
+            )
         return tokenizer
 
 
