@@ -98,6 +98,8 @@ def training_plan(config: Config, shards: Samples) -> tuple[Plan, list[str]]:
     plan = BucketPlan(lengths, shards.shard_sizes, budget, ratio=data.bucket_ratio, seed=seed, window=data.window)
     remarks = _left_out("data.shards", config, lengths, budget)
     buckets = "1 length bucket" if plan.buckets == 1 else f"{plan.buckets} length buckets"
+    if config.modality == "text":
+        remarks += _text_remarks(config, lengths, budget)
     remarks.append(f"data.shards: {buckets}, {plan.epoch_micro_batches} micro-batches an epoch")
     return plan, remarks
 
@@ -120,6 +122,18 @@ def row_lengths(config: Config, shards: Samples) -> Int64s:
     """(samples,) lengths as the budget counts them, 0 where unknown: text has `<s>` before its tokens."""
     lengths = shards.lengths()
     return np.where(lengths > 0, lengths + 1, 0) if config.modality == "text" else lengths
+
+
+def _text_remarks(config: Config, lengths: Int64s, budget: LengthBudget) -> list[str]:
+    """What an epoch holds, and what it does not."""
+    tokens, longer = int(budget.cropped(lengths).sum()), int(np.count_nonzero(lengths > budget.longest))
+    remarks = [f"data.shards: {len(lengths):,} rows of text, {tokens:,} tokens an epoch, `<s>` included"]
+    if longer:
+        remarks.append(
+            f"data.shards: {longer:,} of {len(lengths):,} documents are longer than text.max_tokens: an epoch has a "
+            "window of each, where text.blocks complete_doc has all of their tokens"
+        )
+    return remarks
 
 
 def in_order(total: int, size: int) -> list[list[Row]]:

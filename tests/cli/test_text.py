@@ -1,89 +1,73 @@
-"""A text run from shards to an export: its checkpoints carry the tokenizer, and it does not go on with another one."""
+"""Text from the tools to a run: the vocabulary is looked up, rows are traced, the wrong vocabulary is one line."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from megad2v.checkpoint.reader import Checkpoint
-from megad2v.config.load import to_yaml
-from megad2v.convert.load import load_tokenizer
-from megad2v.errors import UserError
-from megad2v.modalities.text.synthetic import demo_story
-from megad2v.modalities.text.tokenizer import Tokenizer
-from megad2v.training.state import check_resumable, other_tokenizer
-from tests.checkpoints import small_config, small_state, small_text_config, write_small_checkpoint
 from tests.distributed.harness import REPOSITORY, run_command
 
-BYTES = Tokenizer("bytes", 261, name="bytes")
+SETTINGS = {
+    "modality": "text",
+    "model": {"width": 32, "depth": 2, "heads": 2, "norm": "post", "layer_scale": None, "qkv_bias": "full"}
+    | {"relative_bias": False, "head_layers": 2, "init": "bert"},
+    "targets": {"layers": 2, "tensor": "ffn", "layer_norm": "layer", "average_norm": "none"},
+    "loss": {"beta": 4.0, "scale": "sum"},
+    "teacher": {"copied": ["norm"]},
+    "text": {"max_tokens": 64},
+    "mask": {"ratio": 0.35, "span": 4},
+    "data": {"micro_batch": {"samples": None, "tokens": 256}, "workers": 1, "trace": True},
+    "train": {"steps": 2, "micro_batches_per_step": 2, "log_every": 1, "eval_every": 2, "tensorboard": False},
+}
 
 
-def _extras(tokenizer: Tokenizer) -> dict[str, bytes]:
-    return {f"tokenizer/{name}": content for name, content in tokenizer.core_files.items()}
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and valid/ of plain bytes, other/ an unlike vocabulary, and the settings, by the tools."""
+    root = tmp_path_factory.mktemp("text")
+    tool = [sys.executable, "tools/make_demo_data.py", root / "data", "--only", "text", "--stories", "40"]
+    run_command(tool, timeout=60, cwd=REPOSITORY).check_returncode()
+    tool = [sys.executable, "tools/train_tokenizer.py", "--model", "byte", "--output", root / "tokenizer"]
+    run_command(tool, timeout=60, cwd=REPOSITORY).check_returncode()
+    for part in ("train", "valid"):
+        tool = [sys.executable, "tools/make_shards.py", "text", "--input", root / "data/text", "--output", root / part]
+        tool += ["--tokenizer", root / "tokenizer", "--document", "blank-lines"]
+        run_command(tool, timeout=60, cwd=REPOSITORY).check_returncode()
+    (root / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return root
 
 
-def _done(*words: object) -> str:
-    done = run_command([sys.executable, *map(str, words)], timeout=110, cwd=REPOSITORY)
+def pretrain(corpus: Path, output: Path, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/pretrain.py", "--deepspeed", "ds_configs/zero1.json"]
+    command += ["--config", corpus / "settings.yaml", "--train.output_dir", output]
+    command += ["--data.shards", corpus / "train", "--data.valid", corpus / "valid", *flags]
+    return run_command(command, timeout=180, cwd=REPOSITORY, ranks=1)
+
+
+def test_run(corpus: Path, tmp_path: Path) -> None:
+    done = pretrain(corpus, tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert "rows of text" in done.stdout and "micro-batches an epoch" in done.stdout
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["text"]["vocabulary"] == 261
+    lines = [json.loads(line) for line in (tmp_path / "run/trace/rank0.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["micro_batch"]) for line in lines] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    for line in lines:
+        names = [name.rpartition(":") for name in line["samples"]]
+        assert names and all(key.startswith("text-000000.tar/") and start.isdecimal() for key, _, start in names)
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("valid_loss", 0) > 0 for line in metrics)
+    assert (corpus / "train/index/text-000000.text.blocks64.npy").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_from_text_to_an_export(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    (tmp_path / "stories.txt").write_text("\n\n".join("\n".join(demo_story(number, 1)) for number in range(40)))
-    _done("tools/train_tokenizer.py", "--model", "byte", "--output", tmp_path / "tokenizer")
-    corpus = ["--input", tmp_path / "stories.txt", "--document", "blank-lines", "--tokenizer", tmp_path / "tokenizer"]
-    _done("tools/make_shards.py", "text", *corpus, "--output", tmp_path / "shards")
-    (tmp_path / "tiny.yaml").write_text(to_yaml(small_text_config(text={"vocabulary": None, "max_tokens": 64})))
-    run = ["--config", tmp_path / "tiny.yaml", "--data.shards", tmp_path / "shards", "--train.steps", 2]
-    run += ["--data.micro_batch.samples", "null", "--data.micro_batch.tokens", 256, "--mask.span", 4]
-    run += ["--text.teacher_sees", "masked_only", "--train.output_dir", tmp_path / "run"]
-    _done("launch/pretrain.py", "--deepspeed", "ds_configs/zero3.json", *run)
-    checkpoint = Checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002")
-    tokenizer = load_tokenizer(checkpoint)
-    assert tokenizer is not None and tokenizer.fingerprint == BYTES.fingerprint
-    assert checkpoint.index.config["text"]["vocabulary"] == 261
-    convert = ["--checkpoint", tmp_path / "run", "--to", "hf", "--output", tmp_path / "hf"]
-    _done("tools/convert_checkpoint.py", *convert)
-    parity = json.loads((tmp_path / "hf" / "parity.json").read_text())
-    assert parity["passed"] and parity["tokenizer"]["fingerprint"] == BYTES.fingerprint
-
-
-def test_another_tokenizer(tmp_path: Path) -> None:
-    config = small_text_config(text={"vocabulary": 261})
-    state = small_state(config)
-    checkpoint = Checkpoint(write_small_checkpoint(tmp_path / "with", config, state, extras=_extras(BYTES)))
-    before = Checkpoint(write_small_checkpoint(tmp_path / "before", config, state))
-    other = _extras(Tokenizer("sentencepiece", 261, b"other pieces", "bpe"))
-    check_resumable(checkpoint, config, _extras(BYTES))
-    check_resumable(before, config, other)  # written before checkpoints carried one
-    with pytest.raises(UserError, match=r"text\.tokenizer: the run in .* has another one"):
-        check_resumable(checkpoint, config, other)
-    assert other_tokenizer(checkpoint, other) and not other_tokenizer(checkpoint, {})
-    assert load_tokenizer(before) is None
-    vision = small_config()
-    check_resumable(Checkpoint(write_small_checkpoint(tmp_path / "images", vision, small_state(vision))), vision, {})
-
-
-def test_a_damaged_tokenizer(tmp_path: Path) -> None:
-    config = small_text_config(text={"vocabulary": 261})
-    extras = _extras(BYTES)
-    about = json.loads(extras["tokenizer/megad2v.json"])
-    for spoilt, expected in (
-        (
-            {**about, "vocabulary": 262},
-            r"megad2v\.json is not the file that was written with it",
-        ),
-        ({**about, "format": 99}, "format 99, newer than 1; update megad2v"),
-        ({}, r"tokenizer/megad2v\.json: not a tokenizer of megad2v"),
-    ):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        files = {"tokenizer/megad2v.json": json.dumps(spoilt).encode()}
-        checkpoint = Checkpoint(write_small_checkpoint(folder, config, small_state(config), extras=files))
-        with pytest.raises(UserError, match=expected):
-            load_tokenizer(checkpoint)
+def test_wrong_vocabulary_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    done = pretrain(corpus, tmp_path / "run", "--text.vocabulary", "300")
+    assert done.returncode == 2
+    assert (
+        f"pretrain: error: text.vocabulary: 300, but the tokenizer in {corpus}/train/tokenizer has 261" in done.stderr
+    )
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

@@ -79,7 +79,8 @@ def references(folder: Path) -> dict[str, list[Batch]]:
 def test_every_token_once_an_epoch(folder: Path, references: dict[str, list[Batch]]) -> None:
     """complete_doc: the blocks of a document, in order, are the document."""
     size, epoch, remarks = epoch_of(settings_for(folder, "complete_doc"))
-    assert len(remarks) == 1 and remarks[0].endswith(f" length buckets, {epoch} micro-batches an epoch")
+    assert remarks[0] == f"data.shards: {size:,} rows of text, {sum(LENGTHS) + size:,} tokens an epoch, `<s>` included"
+    assert len(remarks) == 2 and remarks[1].endswith(f" length buckets, {epoch} micro-batches an epoch")
     assert epoch < 4 * STEPS
     met = list(rows(references["complete_doc"][:epoch]))
     assert len(met) == size
@@ -90,7 +91,9 @@ def test_every_token_once_an_epoch(folder: Path, references: dict[str, list[Batc
 
 
 def test_every_document_once_an_epoch(folder: Path, references: dict[str, list[Batch]]) -> None:
-    size, epoch, _ = epoch_of(settings_for(folder, "document"))
+    size, epoch, remarks = epoch_of(settings_for(folder, "document"))
+    longer = sum(length > ROOM for length in LENGTHS)
+    assert remarks[1].startswith(f"data.shards: {longer} of {len(LENGTHS)} documents are longer than text.max_tokens, ")
     met = list(rows(references["document"][:epoch]))
     assert size == len(met) == len(DOCUMENTS) and epoch < 4 * STEPS
     for key, ids in met:
@@ -144,9 +147,10 @@ def test_fixed_number_of_rows(folder: Path) -> None:
 
 
 def test_length_counts_the_first_token(tmp_path: Path) -> None:
-    """Four rows of 64 are 256 tokens; were `<s>` not counted, rows of 63 would make it five of 64."""
-    full = write_text(tmp_path / "shards", [document([ROOM], seed) for seed in range(20)])
-    assert {batch.inputs.shape for batch in consumed(text_config(full), steps=5)} == {(4, 2, 64)}
+    """Four rows of 52 fit into 256; were `<s>` not counted, five of 51 would."""
+    full = write_text(tmp_path / "shards", [document([51], seed) for seed in range(20)])
+    batches = list(validation_batches(text_config(valid=str(full)), rank=0, world=1))
+    assert [batch.inputs.shape for batch in batches] == [(4, 2, 52)] * 5
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
