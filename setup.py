@@ -62,6 +62,7 @@ INSTALL_REQUIRES = [
     "numpy>=1.26",
     "filelock>=3.12",  # torch needs it too
     "safetensors>=0.4.3",
+    "xxhash>=3.4",  # checksums of checkpoints, at memory speed
     "webdataset>=0.2.100",
     # Every run writes `tensorboard/`, and tools/probe.py is part of judging every run: neither should fail with a
     # missing import at the end of a long job. TensorBoard goes with Pillow because it asks for Pillow by name itself,

@@ -17,3 +17,15 @@ class BadNumericState(Exception):
 
     exit_code = 3
     on_one_rank = False
+
+
+class Preempted(BaseException):
+    """The run was asked to stop (a signal, train.max_minutes) and can be started again: exit code 75. Like
+    KeyboardInterrupt it passes through `except Exception`: during start-up a signal raises it anywhere."""
+
+    exit_code = 75
+
+    def __init__(self, message: str, *, on_one_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_one_rank = on_one_rank
+        """Raised by a signal on this rank alone, or raised alike on every rank."""

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megad2v.checkpoint.catalog import step_directory
-from megad2v.checkpoint.layout import INDEX, ExtraRecord, FileRecord, Index, Piece, file_digest
+from megad2v.checkpoint.layout import INDEX, ExtraRecord, FileRecord, Index, Piece, fragments_of
+from megad2v.checkpoint.stream import checksum_of
 from megad2v.config.modalities import SpeechConfig, TextConfig, VisionConfig
 from megad2v.config.schema import Config, LossConfig, ModelConfig, TargetsConfig, TeacherConfig, TrainConfig
 from megad2v.modalities.build import build_student, build_teacher
@@ -145,14 +146,13 @@ def write_small_checkpoint(
     for rank, pieces in enumerate(cut(state, ranks, seed=step)):
         path = directory / f"rank{rank:05d}.safetensors"
         save_file({piece.key: piece.values for piece in pieces}, path)
-        fragments = [(piece.kind, piece.name, piece.start, piece.values.numel()) for piece in pieces]
-        records.append(FileRecord(path.name, path.stat().st_size, file_digest(path), fragments))
+        records.append(FileRecord(path.name, path.stat().st_size, checksum_of(path), fragments_of(pieces)))
     shapes = {name: tuple(value.shape) for name, value in state["student"].items()}
     listed = []
     for name, content in (extras or {}).items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
-        listed.append(ExtraRecord(name, len(content), file_digest(directory / name)))
+        listed.append(ExtraRecord(name, len(content), checksum_of(directory / name)))
     index = Index(files=records, extras=listed, **index_fields(config, shapes, step))
     (directory / INDEX).write_text(index.dumps())
     (run / "checkpoints" / "latest").write_text(directory.name + "\n")

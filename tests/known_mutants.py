@@ -24,6 +24,7 @@ PARALLEL = "tests/distributed/test_parallel.py"
 AUGMENT = "tests/unit/test_augment.py"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
 LENGTHS, SPANS = "tests/unit/test_plan_lengths.py", "tests/unit/test_speech_masking.py"
+PREEMPTED = "tests/cli/test_preemption.py::test_under_the_deepspeed_launcher"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
@@ -483,6 +484,49 @@ MUTANTS = (
         "self._next = kind",
         "self._next = None",
         "tests/distributed/test_layer_drop.py::test_a_dropped_block_is_not_gathered",
+    ),
+    # --- preemption
+    Mutant(
+        "only the first rank of a tensor-parallel group may ask to stop",
+        "megad2v/engine/guard.py",
+        "            int(leave),  # of every rank",
+        "            int(leave and tensor.rank == 0),  # of every rank",
+        f"{GUARD}::test_all_hear_of_one_that_was_asked_to_leave",
+    ),
+    Mutant(
+        "a rank that was asked to stop leaves alone",
+        "megad2v/training/loop.py",
+        "        if run.guard.leaving:\n",
+        "        if run.requests.reason(train.max_minutes):\n",
+        f"{PREEMPTED}[10-rank 1-75]",
+    ),
+    Mutant(
+        "preempted without saving",
+        "megad2v/training/loop.py",
+        "        if run.saved != step:\n",
+        "        if False:\n",
+        f"{PREEMPTED}[10-rank 1-75]",
+    ),
+    Mutant(
+        "a second signal interrupts the save",
+        "megad2v/training/signals.py",
+        "        if self.signal is not None:\n            return\n",
+        "",
+        "tests/unit/test_signals.py::test_start_up_is_interrupted_once",
+    ),
+    Mutant(
+        "time counts from when torch was imported",
+        "megad2v/training/signals.py",
+        "time.monotonic() - _process_age()",
+        "time.monotonic()",
+        "tests/unit/test_signals.py::test_time_counts_from_the_start_of_the_process",
+    ),
+    Mutant(
+        "the lock of a killed run keeps the next one out",
+        "megad2v/training/setup.py",
+        "lock.acquire(timeout=ORPHANS_S)",
+        "lock.acquire(timeout=0)",
+        "tests/cli/test_kills.py::test_data_workers_of_a_killed_run_hold_its_lock_a_little_longer",
     ),
     # --- resuming
     Mutant(

@@ -45,3 +45,7 @@ RESAMPLED_TONE = 2e-4
 to interpolate its filter; half a step of the 16 bits in shards is 1.5e-5."""
 RESAMPLED_SPEECH = 0.9995
 """Correlation with scipy's polyphase filter: they differ in how steeply they cut just below 4 kHz. Measured 0.9997."""
+
+RESUMED_CURVE = 1e-6
+"""Relative difference of the loss over 5 steps between a run and the same run resumed on another layout from a state
+that is equal to the bit (issue 7)."""

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where me
 
 from megad2v.data.format import DATASET_FILE
 from megad2v.data.make import classes_of, make_shards, parse_size
+from megad2v.data.ranks import Ranks, serve, world
+from megad2v.data.team import Team
 from megad2v.errors import UserError
 from megad2v.modalities.corpus import Corpus
 from megad2v.modalities.speech.recording import DECODERS
@@ -29,7 +31,7 @@ INPUT is one folder per class, or one flat folder (no labels):
 
 OUTPUT gets image-000000.tar, ... (plain tars: KEY.jpg, KEY.cls, KEY.json), index/, dataset.json and report.jsonl
 (a line for every file that was skipped or converted, with the reason). Images are shuffled, so that every shard mixes
-the classes; the bytes depend on the files and options alone, not on --workers.
+the classes; the bytes depend on the files and options alone, not on --workers or --mpi.
 
 Upright 8-bit RGB files are copied byte for byte. Others (EXIF-rotated, CMYK, gray, 16-bit, transparent, larger than
 --resize-short) are converted. Files that cannot be decoded in full are skipped.
@@ -170,12 +172,17 @@ def _command(commands: argparse._SubParsersAction, name: str, files: str, about:
     )
     command.add_argument("--input", type=Path, required=True, metavar="DIR", help=f"folder of {files}, see below")
     command.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder for the shards")
+    cores = len(os.sched_getaffinity(0))
     command.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes that decode and convert; 0: none but the main one (default: all %(default)s cores here)",
+        help=f"processes that read, convert and write; 0: none but the main one (default: all {cores} cores here)",
+    )
+    command.add_argument(
+        "--mpi",
+        action="store_true",
+        help="the ranks that mpirun started do the work instead: mpirun -np 64 python tools/make_shards.py ... --mpi",
     )
     command.add_argument(
         "--max-shard-size",
@@ -191,7 +198,9 @@ def _command(commands: argparse._SubParsersAction, name: str, files: str, about:
         help="take class names and ids from these shards (test sets: those of train)",
     )
     command.add_argument(
-        "--overwrite", action="store_true", help="replace shards that make_shards wrote to --output before"
+        "--overwrite",
+        action="store_true",
+        help="replace shards that make_shards wrote to --output before, and drop an unfinished run of other options",
     )
     return command
 
@@ -212,17 +221,21 @@ def corpus(args: argparse.Namespace) -> Corpus:
     return speech_corpus(args.input, options, labels=args.labels, classes=classes, transcripts=args.transcripts)
 
 
-def run(args: argparse.Namespace) -> str:
+def run(args: argparse.Namespace, team: Team | None = None) -> str:
     """Make the shards; returns the line to print. Raises UserError."""
-    _check("--workers", args.workers, 0, 1024)
+    if args.mpi and args.workers is not None:
+        raise UserError("--workers: with --mpi the ranks do the work; leave it out, and start one rank a core")
+    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    _check("--workers", workers, 0, 1024)
     size = parse_size(args.max_shard_size)
     made = make_shards(
         corpus(args),
         args.output,
-        workers=args.workers,
+        workers=workers,
         max_shard_bytes=size,
         seed=args.seed,
         overwrite=args.overwrite,
+        team=team,
     )
     return f"{args.output}: {made.summary}"
 
@@ -234,13 +247,39 @@ def _check(name: str, value: int, low: int, high: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one line when the input is wrong."""
+    if "--mpi" in (sys.argv[1:] if argv is None else argv):
+        return _main_mpi(argv)
+    return _main(argv, None)
+
+
+def _main(argv: list[str] | None, team: Team | None) -> int:
     args = parser().parse_args(argv)
     try:
-        print(run(args))
+        print(run(args, team), flush=True)
+    except UserError as error:
+        print(f"make_shards: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def _main_mpi(argv: list[str] | None) -> int:
+    """Rank 0 reads the command line and drives; all ranks end with its exit code, and it alone says why."""
+    try:
+        comm = world()
     except UserError as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    if comm.rank:
+        return serve(comm)
+    ranks, code = Ranks(comm), 1
+    try:
+        code = _main(argv, ranks)
+    except SystemExit as error:  # argparse
+        code = error.code if isinstance(error.code, int) else 1
+        raise
+    finally:
+        ranks.release(code)
+    return code
 
 
 if __name__ == "__main__":

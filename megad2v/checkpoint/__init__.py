@@ -3,7 +3,7 @@
     checkpoints/
       latest                      name of the newest complete checkpoint
       step_00000500/
-        index.json                what lies where, lengths and checksums, schedules, configuration, code version
+        index.json                what lies where, lengths and checksums, counters, configuration, code version
         rank00000.safetensors     KIND/NAME@START: elements [START, START + length) of the flattened tensor NAME
         rank00001.safetensors
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,25 +10,28 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megad2v.checkpoint.layout import INDEX, Index, fragment_key
+from megad2v.checkpoint.stream import checksum_of_bytes
 from megad2v.errors import UserError
 
 
 class Checkpoint:
     """An open checkpoint directory. Files are mapped when first asked for; nothing is read before."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises UserError when `directory` holds no readable index or a data file is missing or truncated."""
+    def __init__(self, directory: Path, *, check_sizes: bool = True) -> None:
+        """Raises UserError when `directory` holds no readable index or a file is missing or truncated. Where ranks
+        open what has been verified, `check_sizes` False saves each of them a look at everybody's file."""
         self.directory = directory
         self.index = Index.load(directory / INDEX)
-        for problem in self.index.problems(directory, checksums=False):
+        for problem in self.index.problems(directory, checksums=False) if check_sizes else ():
             raise UserError(f"{problem}; use an older checkpoint")
         self._files: dict[str, safe_open] = {}
-        self._ranges: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        self._ranges: dict[str, list[tuple[int, int, str, tuple[str, ...]]]] = {}
         for record in self.index.files:
-            for kind, name, start, length in record.fragments:
-                self._ranges.setdefault((kind, name), []).append((start, length, record.file))
+            for kinds, name, start, length in record.fragments:
+                self._ranges.setdefault(name, []).append((start, length, record.file, kinds))
         for ranges in self._ranges.values():
             ranges.sort()
+        self._held = {(kind, name) for name, ranges in self._ranges.items() for *_, kinds in ranges for kind in kinds}
 
     def verify(self) -> None:
         """Read every file and compare checksums. Raises UserError naming the first file that differs."""
@@ -38,7 +40,7 @@ class Checkpoint:
 
     def names(self, kind: str) -> list[str]:
         """Parameters that have tensors of this kind ("student", "teacher", ...), in the model's order."""
-        return [name for name in self.index.shapes if (kind, name) in self._ranges]
+        return [name for name in self.index.shapes if (kind, name) in self._held]
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Elements [start, start + length) of the flattened tensor, float32 on the CPU.
@@ -46,9 +48,9 @@ class Checkpoint:
         Raises UserError when the checkpoint does not cover them.
         """
         out, filled = torch.empty(length), 0
-        for at, size, file in self._ranges.get((kind, name), []):
+        for at, size, file, kinds in self._ranges.get(name, []):
             low, high = max(start, at), min(start + length, at + size)
-            if low < high:
+            if low < high and kind in kinds:
                 if low != start + filled:  # a gap, or two claims to the same values, which could hide one
                     break
                 part = self._open(file).get_slice(fragment_key(kind, name, at))[low - at : high - at]
@@ -84,7 +86,7 @@ class Checkpoint:
                     content = (self.directory / name).read_bytes()
                 except OSError as error:
                     raise UserError(f"{self.directory / name}: not readable ({error})") from None
-                if hashlib.sha256(content).hexdigest() != record.sha256:
+                if checksum_of_bytes(content, record.checksum.partition(":")[0]) != record.checksum:
                     raise UserError(f"{self.directory / name} does not match its checksum; use an older checkpoint")
                 return content
         raise UserError(f"{self.directory}: holds no {name} (but {', '.join(self.extras) or 'no extra file at all'})")

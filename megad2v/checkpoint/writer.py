@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from megad2v.checkpoint.layout import INDEX, ExtraRecord, FileRecord, Index, Piece, check_extra_name, file_digest
+from megad2v.checkpoint.layout import INDEX, ExtraRecord, FileRecord, Index, Piece, check_extra_name, fragments_of
+from megad2v.checkpoint.stream import checksum_of_bytes, write_tensors
 from megad2v.engine.distributed import together
 from megad2v.files import sync_directory, write_file
 
+WRITING, REPLACED = ".writing_", ".replaced_"
+"""What a step directory is called while it is written, and an older one of the same step while it is replaced."""
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; what was there before is untouched."""
+    """A checkpoint could not be written; what was there before is untouched. Raised alike on every rank."""
+
+    exit_code = 1
+    on_one_rank = False
 
 
 def write_checkpoint(
@@ -29,42 +33,76 @@ def write_checkpoint(
 
     `extras`, of which the main rank's count: small files by their path in the step directory ("tokenizer/vocab.json"),
     listed and checked as the data is. `index` holds the other fields of `Index`. Collective: three rounds of one small
-    gather to rank 0 and one broadcast. An error on any rank raises CheckpointError on all, and leaves nothing
-    half-written behind.
+    gather to rank 0 and one broadcast; no tensor is sent. An error on any rank raises CheckpointError on all, and
+    leaves nothing half-written behind.
     """
-    aside = directory.with_name(f".writing_{directory.name}")
+    prepare(directory)
+    commit(directory, lambda: write_own_file(directory, pieces), extras or {}, **index)
+
+
+def prepare(directory: Path, also: Callable[[], None] | None = None) -> None:
+    """An empty folder beside `directory` for what will be committed as that, and what every rank has to do besides
+    (`also`). Collective: one round."""
+    aside = _aside(directory)
+
+    def make() -> None:
+        if also is not None:
+            also()
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    _on_all(directory, make)
+
+
+def write_own_file(directory: Path, pieces: Sequence[Piece]) -> FileRecord:
+    """This rank's file in that folder, fsynced. Talks to nobody; raises OSError and ValueError."""
+    path = _aside(directory) / f"rank{dist.get_rank():05d}.safetensors"
+    size, checksum = write_tensors(path, pieces)
+    return FileRecord(path.name, size, checksum, fragments_of(pieces))
+
+
+def commit(directory: Path, own_file: Callable[[], FileRecord], extras: Mapping[str, bytes], **index: Any) -> None:
+    """Gather what every rank's `own_file` returns, then let the main rank make `directory` of it. Collective: two
+    rounds, in which errors of any rank become CheckpointError on all."""
     main = dist.get_rank() == 0
     try:
-        _on_all(lambda: _fresh(aside) if main else None)
-        records = _on_all(lambda: _write_file(aside, pieces))
-        _on_all(lambda: _commit(aside, directory, extras or {}, files=records, **index) if main else None)
+        records = _on_all(directory, own_file)
+        _on_all(directory, lambda: _rename(directory, extras, files=records, **index) if main else None)
     except CheckpointError:
         if main:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(_aside(directory), ignore_errors=True)
         raise
 
 
-def _on_all(action: Callable[[], Any]) -> list[Any]:
+def _aside(directory: Path) -> Path:
+    return directory.with_name(f"{WRITING}{directory.name}")
+
+
+def _on_all(directory: Path, action: Callable[[], Any]) -> list[Any]:
     """A full disk on one rank must not leave the others waiting."""
-    return together(action, errors=(OSError, RuntimeError, ValueError, SafetensorError), raises=CheckpointError)
+    try:
+        return together(action, errors=(OSError, RuntimeError, ValueError, MemoryError), raises=CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory} could not be written: {error}; older checkpoints are untouched") from None
 
 
-def _fresh(aside: Path) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-
-
-def _write_file(aside: Path, pieces: Sequence[Piece]) -> FileRecord:
-    path = aside / f"rank{dist.get_rank():05d}.safetensors"
-    path.touch()
-    mode = path.stat().st_mode
-    # Copies, since fragments are views of shared buffers, which the format refuses.
-    save_file({piece.key: piece.values.detach().to("cpu", copy=True).contiguous() for piece in pieces}, path)
-    path.chmod(mode)  # safetensors replaces it by a file that only its owner may read, whatever the umask says
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    fragments = [(piece.kind, piece.name, piece.start, piece.values.numel()) for piece in pieces]
-    return FileRecord(path.name, path.stat().st_size, file_digest(path), fragments)
+def _rename(directory: Path, extras: Mapping[str, bytes], **index: Any) -> None:
+    """Extras, the index last, then one rename. A checkpoint of the same step (a run started over) is replaced; where a
+    kill falls between the two renames, `catalog.recover` takes the older one back."""
+    aside = _aside(directory)
+    records = [_write_extra(aside, name, content) for name, content in extras.items()]
+    write_file(aside / INDEX, Index(extras=records, **index).dumps())
+    sync_directory(aside)
+    replaced = directory.with_name(f"{REPLACED}{directory.name}")
+    if directory.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        directory.rename(replaced)
+    aside.rename(directory)
+    sync_directory(directory.parent)
+    write_file(directory.parent / "latest", directory.name + "\n")
+    sync_directory(directory.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_extra(aside: Path, name: str, content: bytes) -> ExtraRecord:
@@ -77,21 +115,4 @@ def _write_extra(aside: Path, name: str, content: bytes) -> ExtraRecord:
         os.fsync(file.fileno())
     for folder in path.relative_to(aside).parents:
         sync_directory(aside / folder)
-    return ExtraRecord(name, len(content), hashlib.sha256(content).hexdigest())
-
-
-def _commit(aside: Path, directory: Path, extras: Mapping[str, bytes], **index: Any) -> None:
-    """The index last, then one rename. A checkpoint of the same step (a run started over) is replaced."""
-    records = [_write_extra(aside, name, content) for name, content in extras.items()]
-    write_file(aside / INDEX, Index(extras=records, **index).dumps())
-    sync_directory(aside)
-    if directory.exists():
-        replaced = directory.with_name(f".replaced_{directory.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        directory.rename(replaced)
-        aside.rename(directory)
-        shutil.rmtree(replaced)
-    else:
-        aside.rename(directory)
-    write_file(directory.parent / "latest", directory.name + "\n")
-    sync_directory(directory.parent)
+    return ExtraRecord(name, len(content), checksum_of_bytes(content))

@@ -249,7 +249,13 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints; one is always written at the end. 0: only then."""
     keep_last: int = 3
-    """Checkpoints kept; older ones are deleted after a new one is complete. 0 keeps all."""
+    """Checkpoints kept; older ones are deleted after a new one is complete. 0 keeps all. With 1, nothing is left to
+    fall back on should that one be damaged later."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are never deleted. 0: none of them is special."""
+    async_save: bool = False
+    """Write checkpoints in the background, from a copy in host memory (as large as the rank's share: 16 bytes per
+    parameter it owns), while training goes on."""
     log_every: int = 10
     """Steps between metric lines."""
     eval_every: int = 0
@@ -260,6 +266,9 @@ class TrainConfig:
     """Checkpoint whose student and teacher weights start a new schedule (step 0, fresh optimizer)."""
     init_teacher: Literal["teacher", "student"] = "teacher"
     """With train.init, what the teacher starts from: the checkpoint's teacher, or its student (the BEiT fork)."""
+    max_minutes: float | None = None
+    """Save and exit with code 75 at the first step that begins this long after a process was started (start-up counts);
+    null: never. Choose what a job may take, less one step, one validation and one save (docs/checkpoints.md)."""
     rendezvous_timeout: float = 300.0
     """Seconds that the ranks wait for each other at the start, before each says which host and port it tried."""
     tensorboard: bool = True

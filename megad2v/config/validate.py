@@ -230,10 +230,13 @@ def _run(config: Config) -> list[str]:
         ("save_every", 0),
         ("eval_every", 0),
         ("keep_last", 0),
+        ("keep_every", 0),
         ("hang_timeout", 0),
     ):
         if getattr(train, key) < least:
             problems.append(f"train.{key}: expected at least {least}, got {getattr(train, key)}")
+    if train.max_minutes is not None and train.max_minutes <= 0:
+        problems.append(f"train.max_minutes: expected more than 0 minutes, or null, got {train.max_minutes:g}")
     if train.rendezvous_timeout <= 0:
         problems.append(f"train.rendezvous_timeout: expected more than 0 seconds, got {train.rendezvous_timeout:g}")
     return problems

@@ -65,6 +65,7 @@ def model_card(
     """Markdown with the front matter that Hugging Face's hub reads. `keys` is the modality's key map."""
     shared = " (with the student's own front end)" if weights == "teacher" and config.teacher.scope == "encoder" else ""
     tree = dataclasses.asdict(config)
+    del tree["text"]["tokenizer"]  # a path, too: what the run used lies beside the card
     sections = {name: tree[name] for name in ("model", *keys.CARD_SECTIONS, *SECTIONS)}
     return _TEMPLATE.format(
         pipeline=keys.PIPELINE,

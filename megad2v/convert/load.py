@@ -11,6 +11,7 @@ from megad2v.checkpoint.catalog import find_checkpoint
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.schema import Config
 from megad2v.config.tree import config_from_dict
+from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.errors import UserError
 from megad2v.modalities.build import build_student
 from megad2v.modalities.text.tokenizer import ABOUT_FILE, Tokenizer
@@ -19,9 +20,6 @@ from megad2v.models.data2vec import Student
 Weights = Literal["student", "teacher"]
 WEIGHTS: tuple[Weights, ...] = ("student", "teacher")
 """student: what the optimizer trained, and what the released data2vec files hold. teacher: its moving average."""
-
-TOKENIZER = "tokenizer"
-"""Folder of its files among the checkpoint's extras."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -46,10 +44,10 @@ def checkpoint_config(checkpoint: Checkpoint) -> Config:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """The tokenizer that a text checkpoint carries; None where it carries none. Raises UserError for a damaged one."""
-    if f"{TOKENIZER}/{ABOUT_FILE}" not in checkpoint.extras:
+    if f"{TOKENIZER_FOLDER}/{ABOUT_FILE}" not in checkpoint.extras:
         return None
-    where = f"{checkpoint.directory}/{TOKENIZER}"
-    return Tokenizer.of_files(lambda name: checkpoint.extra(f"{TOKENIZER}/{name}"), where)
+    where = f"{checkpoint.directory}/{TOKENIZER_FOLDER}"
+    return Tokenizer.of_files(lambda name: checkpoint.extra(f"{TOKENIZER_FOLDER}/{name}"), where)
 
 
 def load_encoder(checkpoint: Checkpoint, weights: Weights) -> Student:

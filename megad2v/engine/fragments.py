@@ -82,11 +82,14 @@ class ReplicatedWeights:
         if mapping is None:  # no element of it lies in this rank's partition
             return None
         address, shard = mapping.lp_fragment_address, shard_of(parameter)
+        length = min(address.numel, shard.numel - address.start)
+        if length <= 0:  # nothing but padding
+            return None
         return Fragment(
             name=name,
             start=shard.start + address.start,
-            length=address.numel,
-            master=mapping.hp_fragment.detach(),
+            length=length,
+            master=mapping.hp_fragment.detach().narrow(0, 0, length),
             partition=mapping.param_group_index,
             offset=mapping.hp_fragment_address.start,
             split=shard.split,
@@ -144,10 +147,10 @@ def zero_state(engine: Any) -> ZeroState:
 
 def local_range(parameter: nn.Parameter, slot: int | None = None) -> tuple[int, int]:
     """(start, length) of this rank's slice of a ZeRO-3 parameter, within a tensor-parallel slice if it is one. Tail
-    ranks hold uninitialised padding beyond it."""
+    ranks hold padding beyond it."""
     slot = slot if slot is not None else parameter.ds_tensor.ds_numel
     start = dist.get_rank(parameter.ds_process_group) * slot
-    return start, max(0, min(slot, parameter.ds_numel - start))
+    return start, max(0, min(slot, shard_of(parameter).numel - start))
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ forever. So:
 1. Agreement. What a forward will run is known on the host before it (its `Plan`). Before the first forward of a step
    all ranks compare their plans for the whole step in ONE all-reduce of a few integers, over a gloo group of their
    own: it waits neither for the device nor in any queue of collectives. It carries the step's counts as well, which
-   would otherwise take an all-reduce on the device and a wait for it. Only where plans differ are they gathered, and
-   every rank raises the same `Disagreement`, which names the odd ranks and what they would have done.
+   would otherwise take an all-reduce on the device and a wait for it, and how many ranks were asked to stop. Only
+   where plans differ are they gathered, and every rank raises the same `Disagreement`, which names the odd ranks and
+   what they would have done.
 2. Enforcement. Hooks that run before DeepSpeed's compare every module about to run with the plan. A rank that is
    about to run another one raises before it gathers that one's weights. This sends nothing; the watchdog tells the
    others.
@@ -100,6 +101,8 @@ class Guard:
         self._plans: tuple[Plan, ...] = ()
         self._seen: tuple[Seen, ...] = ()
         self._step, self._done = 0, 0
+        self.leaving = 0
+        """Ranks that asked, in the last agreement, not to begin its step. The same number on all ranks."""
         self._expected: list[str] | None = None
         self._next = 0
         self._names = {
@@ -129,11 +132,11 @@ class Guard:
 
     # --- agreement
 
-    def agree(self, proposal: Proposal, counts: Sequence[int] = ()) -> list[int]:
+    def agree(self, proposal: Proposal, counts: Sequence[int] = (), *, leave: bool = False) -> list[int]:
         """Compare `proposal` with those of all ranks, then guard its forwards. Returns `counts` summed over the
-        data-parallel ranks. Raises Disagreement on every rank alike.
+        data-parallel ranks; `leaving` is how many of all ranks said `leave`. Raises Disagreement on every rank alike.
 
-        One all-reduce (sum) of 2 + len(counts) int64 over all ranks, on the host. The ranks of a tensor-parallel group
+        One all-reduce (sum) of 3 + len(counts) int64 over all ranks, on the host. The ranks of a tensor-parallel group
         bring the same counts; the first of them is heard.
         """
         self.watch.at("exchange")
@@ -141,6 +144,7 @@ class Guard:
         own = [
             _against_first(_digest((proposal.step, proposal.updates, proposal.plans)), world.rank, world.size),
             _against_first(_digest(proposal.seen), tensor.rank, tensor.size),
+            int(leave),  # of every rank: a signal may reach any
             *(count if tensor.rank == 0 else 0 for count in counts),
         ]
         if self._group is not None:
@@ -150,7 +154,8 @@ class Guard:
             if own[0] or own[1]:
                 self._explain(proposal)
         self._step, self._plans, self._seen, self._done = proposal.step, proposal.plans, proposal.seen, 0
-        return own[2:]
+        self.leaving = own[2]
+        return own[3:]
 
     def _explain(self, proposal: Proposal) -> None:
         """Gather the proposals (some kilobytes a rank) and raise what is wrong with them. Collective."""

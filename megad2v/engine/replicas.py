@@ -24,7 +24,7 @@ def unify(copies: Sequence[tuple[str, Tensor]], world: World) -> list[str]:
 
     Returns the names that differed. Collective over each tensor-parallel group: two all-reduces of 8 bytes, two of 8
     bytes per copy, and a broadcast of each copy that differed. Nothing where there is one rank, nor where ranks own
-    other ranges (an unevenly split vocabulary shifts ZeRO-1/2's).
+    other ranges.
     """
     axis = world.tensor
     if axis.size == 1:

@@ -100,9 +100,10 @@ def write_initial_weights(module: nn.Module, seed: int) -> None:
         value = initial_value(seed, name, shard.full_shape, initialiser).flatten()[shard.start :]
         if hasattr(parameter, "ds_tensor"):
             start, length = local_range(parameter)
+            parameter.ds_tensor.zero_()  # padding, too
             write_slice(parameter, value[start : start + length])
         else:
-            parameter.copy_(value[: parameter.numel()].view(parameter.shape))
+            parameter.zero_().view(-1)[: shard.numel].copy_(value[: shard.numel])
 
 
 def optimizer_groups(

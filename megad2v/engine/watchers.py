@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from megad2v.engine.hang import MISSED_BEATS, Place, Report, Verdict, ended, judge, silent, write_dump
 from megad2v.engine.lines import Lines
-from megad2v.errors import UserError
+from megad2v.errors import Preempted, UserError
 
 if TYPE_CHECKING:
     from megad2v.engine.watchdog import Watchdog
 
-QUIET_CODES = (UserError.exit_code, 130)
-"""Wrong input and Ctrl-C: the line says it all, no file is written."""
+QUIET_CODES = (UserError.exit_code, 130, Preempted.exit_code)
+"""Wrong input, Ctrl-C, a signal during start-up: the line says it all, no file is written."""
 SETTLE_S = 0.5
 """From the first rank that ended or failed to the verdict: the cause of it may be a moment behind its consequences."""
 DUMP_S = 5.0

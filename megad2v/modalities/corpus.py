@@ -35,6 +35,11 @@ class SourceFile:
         """What is unique in the corpus; the order in shards depends on it."""
         return self.path
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What has to be read to make samples of it: whoever goes on with a run looks whether they are as they were."""
+        return (self.path,)
+
 
 @dataclass(frozen=True)
 class Outcome:

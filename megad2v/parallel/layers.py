@@ -142,7 +142,12 @@ class RowParallelLinear(RowLinear):
 
 
 class VocabParallelEmbedding(Embedding):
-    """Each rank holds a range of the vocabulary: ceil(vocabulary / size) rows, the last ranks what is left."""
+    """Each rank holds a range of the vocabulary: ceil(vocabulary / size) rows, the last ranks what is left.
+
+    All tables have as many rows, the last ones zeros that no id points to: were they shorter, whatever lies behind them
+    in ZeRO's flat buffers would be cut elsewhere on every rank, and kernels that treat the end of a buffer otherwise
+    than its middle let copies of the other parameters drift apart (seen on CPUs: 7e-9 within 20 steps).
+    """
 
     def __init__(self, axis: Axis, vocabulary: int, width: int, *, weight: Initialiser) -> None:
         rows = -(-vocabulary // axis.size)
@@ -150,7 +155,7 @@ class VocabParallelEmbedding(Embedding):
         self.last = min(self.first + rows, vocabulary)
         if self.first == self.last:
             raise ValueError(f"a vocabulary of {vocabulary} leaves nothing to rank {axis.rank} of {axis.size}")
-        super().__init__(self.last - self.first, width, weight=weight)
+        super().__init__(rows, width, weight=weight)
         self.axis = axis
         mark_split(self.weight, vocabulary, self.first)
 

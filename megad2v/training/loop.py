@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,15 @@ from typing import Any, NoReturn
 from filelock import FileLock
 from torch import Tensor
 
+from megad2v.checkpoint.background import BackgroundWriter, Saved
 from megad2v.checkpoint.catalog import prune, step_directory, steps_present
-from megad2v.checkpoint.writer import CheckpointError
+from megad2v.checkpoint.writer import CheckpointError, write_checkpoint
 from megad2v.config.schema import Config
 from megad2v.data.loader import FiniteBatches, TrainingLoader
-from megad2v.engine.distributed import World, sum_over
+from megad2v.engine.distributed import World, sum_over, together
 from megad2v.engine.guard import Guard
 from megad2v.engine.setup import TrainingEngine
-from megad2v.errors import BadNumericState, UserError
+from megad2v.errors import BadNumericState, Preempted, UserError
 from megad2v.metrics.logger import MetricsLogger
 from megad2v.metrics.statistics import StepStatistics
 from megad2v.metrics.throughput import Throughput
@@ -30,6 +31,7 @@ from megad2v.training.layer_drop import kept_blocks
 from megad2v.training.proposal import propose
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords, low_since
 from megad2v.training.schedules import rates_at
+from megad2v.training.signals import StopRequests, in_words
 from megad2v.training.state import Progress, save, state_memory
 from megad2v.training.step import StepCounts, count_step, take_step
 from megad2v.training.verdict import Halt, Verdict
@@ -56,7 +58,17 @@ class Run:
     """Only on the main rank."""
     lock: FileLock | None
     """On the run directory; only on the main rank."""
+    background: BackgroundWriter | None = None
+    """With train.async_save."""
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+    """Files that every checkpoint carries, by their path in it: text's tokenizer."""
+    requests: StopRequests = field(default_factory=StopRequests)
+    """Signals that came to this process, and its time."""
     progress: Progress = field(default_factory=Progress)
+    prunes: bool = True
+    """Whether the last save lets older checkpoints go, once it is committed."""
+    saved: int | None = None
+    """The step that was last saved, or started from."""
 
     def memory(self) -> list[Tensor]:
         """This rank's saved tensors, as views: masters, moments and averages."""
@@ -73,10 +85,15 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """From `run.progress` to train.steps. Every rank takes the same decisions from the same global counts."""
+    """From `run.progress` to train.steps. Every rank takes the same decisions from the same global counts.
+
+    Raises Preempted, BadNumericState, UserError on every rank alike.
+    """
     train, model, progress = run.config.train, run.config.model, run.progress
     watch = run.guard.watch
     steps = iter(run.loader)
+    started_from = run.saved = progress.step
+    run.requests.defer()
     verdict = Verdict(run.config.verdict, losses=progress.taken_losses, norms=progress.taken_norms)
     while progress.step < train.steps:
         started = time.perf_counter()
@@ -85,6 +102,8 @@ def train(run: Run) -> None:
         waited = time.perf_counter() - started
         blocks = kept_blocks(train.seed, progress.step, depth=model.depth, rate=model.layer_drop)
         counts = _agree(run, batches, blocks)
+        if run.guard.leaving:
+            _leave(run, started_from)
         due = _due(progress.step + 1, train.log_every, train.steps)
         statistics = StepStatistics(run.config.model.width, run.world.device) if due else None
         rate, decay = rates_at(run.config, progress.updates)
@@ -104,6 +123,7 @@ def train(run: Run) -> None:
             losses=losses,
             blocks=blocks,
             guard=run.guard,
+            before_update=run.background.before_update if run.background is not None else None,
         )
         watch.started()
         progress.step += 1
@@ -129,8 +149,11 @@ def train(run: Run) -> None:
             _stop(run, halt)
         if run.valid is not None and _due(progress.step, train.eval_every, train.steps):
             _validate(run)
+        if run.background is not None and run.background.ready():
+            finish_saving(run)
         if _due(progress.step, train.save_every, train.steps):
             save_checkpoint(run, delete_older=taken)  # of a streak of refused steps all checkpoints are alike
+    finish_saving(run)
     if verdict.bad_in_a_row > (1 if progress.updates else 0):  # one bad step at the very end spoils nothing
         raise BadNumericState(
             f"the last {verdict.bad_in_a_row} of {progress.step} steps were not taken: "
@@ -148,7 +171,23 @@ def _agree(run: Run, batches: Sequence[Batch], blocks: tuple[int, ...] | None) -
         depth=run.config.model.depth,
         blocks=blocks,
     )
-    return count_step(batches, run.world, partial(run.guard.agree, proposal))
+    leave = bool(run.requests.reason(run.config.train.max_minutes))
+    return count_step(batches, run.world, partial(run.guard.agree, proposal, leave=leave))
+
+
+def _leave(run: Run, started_from: int) -> NoReturn:
+    """Some rank was asked to stop: save what was computed, and raise Preempted on every rank. Collective."""
+    reason = run.requests.reason(run.config.train.max_minutes)
+    reasons = together(lambda: reason, errors=(), raises=RuntimeError)  # on the main rank, who asked
+    step = run.progress.step
+    if step == started_from:
+        said = "no step was taken, so there is nothing to save"
+    else:
+        if run.saved != step:
+            save_checkpoint(run)
+        finish_saving(run)
+        said = f"saved {step_directory(run.directory, step)}"
+    raise Preempted(f"preempted at step {step} ({in_words(reasons)}): {said}; the same command goes on from there")
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -186,6 +225,7 @@ def _stop(run: Run, halt: Halt) -> NoReturn:
     step, since = run.progress.step, halt.since
     try:
         save_checkpoint(run, delete_older=False)
+        finish_saving(run)
         saved = f"Saved {step_directory(run.directory, step)}"
     except CheckpointError as error:  # on every rank; why the run stops is still to be told
         saved = f"Its state could not be saved ({error})"
@@ -251,8 +291,14 @@ def _validate(run: Run) -> None:
 
 
 def save_checkpoint(run: Run, *, delete_older: bool = True) -> None:
-    """Save, then delete what train.keep_last lets go. Collective."""
+    """Save, then delete what train.keep_last and train.keep_every let go. Collective; raises CheckpointError.
+
+    With train.async_save it returns while the checkpoint is being written; `finish_saving` waits for it.
+    """
+    finish_saving(run)
+    begun, run.prunes = time.perf_counter(), delete_older
     directory = step_directory(run.directory, run.progress.step)
+    background = run.background
     with run.guard.watch.patience("checkpoint"):
         save(
             directory,
@@ -262,6 +308,29 @@ def save_checkpoint(run: Run, *, delete_older: bool = True) -> None:
             run.config,
             world=run.world,
             data_fingerprint=run.loader.fingerprint,
+            write=write_checkpoint if background is None else partial(background.start, begun=begun),
+            extras=run.extras,
         )
-    if run.world.is_main and delete_older:
-        prune(run.directory, run.config.train.keep_last)
+    run.saved = run.progress.step
+    if background is None:
+        seconds = time.perf_counter() - begun
+        _committed(run, Saved(directory, seconds, seconds))
+
+
+def finish_saving(run: Run) -> None:
+    """Wait until what is being written in the background is committed, if anything is. Collective; raises
+    CheckpointError with what went wrong there."""
+    if run.background is not None and run.background.pending:
+        with run.guard.watch.patience("checkpoint"):
+            _committed(run, run.background.finish())
+
+
+def _committed(run: Run, saved: Saved) -> None:
+    if run.logger is not None:
+        times = {"save_seconds": saved.save_seconds, "save_stall_seconds": saved.stall_seconds}
+        run.logger.write(run.progress.step, {"saved": saved.directory.name, **times})
+    if run.world.is_main and run.prunes:
+        try:
+            prune(run.directory, run.config.train.keep_last, run.config.train.keep_every)
+        except OSError as error:  # the new one is safe; too many old ones are no reason to stop
+            print(f"train.keep_last: older checkpoints could not be deleted: {error}", flush=True)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import torch
 
 from megad2v.checkpoint.catalog import step_directory
 from megad2v.checkpoint.reader import Checkpoint
+from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.deepspeed_json import read_deepspeed_json, refuse_unsupported
 from megad2v.config.load import parse_command_line, to_yaml
 from megad2v.config.schema import Config, TrainConfig
+from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.data.vocabulary import with_vocabulary
 from megad2v.data.workers import WorkerDied
 from megad2v.engine import distributed
@@ -28,10 +30,12 @@ from megad2v.engine.guard import Disagreement
 from megad2v.engine.launcher import find_place
 from megad2v.engine.rendezvous import RendezvousError
 from megad2v.engine.watchdog import Watchdog, start_watchdog
-from megad2v.errors import BadNumericState, UserError
+from megad2v.errors import BadNumericState, Preempted, UserError
 from megad2v.metrics.report import peak_memory
-from megad2v.training.loop import Run, train
+from megad2v.modalities.text.tokenizer import Tokenizer
+from megad2v.training.loop import Run, finish_saving, train
 from megad2v.training.setup import set_up
+from megad2v.training.signals import StopRequests
 from megad2v.training.state import load
 
 DEMO_CORPORA = {"vision": "image", "speech": "speech", "text": "text"}
@@ -42,11 +46,13 @@ SPEAKING_SECONDS = 3.0
 """How long a rank stays for the others to say what is wrong, where they cannot meet in a barrier."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `launch/pretrain.py`; returns the exit code. Wrong input is one line, printed by one rank."""
+def main(arguments: Sequence[str] | None = None, requests: StopRequests | None = None) -> int:
+    """Run `launch/pretrain.py`; returns the exit code. Wrong input is one line, printed by one rank. `requests` hears
+    signals, where the process is ours."""
     rank, first_of_host = 0, True  # so that what its launcher says of a process can be refused, too
-    watch = Watchdog()
+    watch, requests = Watchdog(), requests or StopRequests()
     try:
+        requests.start_up()
         place = find_place(os.environ)
         rank, first_of_host = place.rank, place.local_rank == 0
         command = parse_command_line(sys.argv[1:] if arguments is None else arguments)
@@ -66,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = Path(config.train.output_dir)
         folder = output.with_name(f".check_{output.name}_hang") if command.check else output / "hang"
         watch = start_watchdog(world, folder, config.train.hang_timeout)
-        config = with_tokenizer(config)
+        config, extras = with_tokenizer(config)
         if command.check:
-            check(config, ds, world, recipe=command.recipe, watch=watch)
+            check(config, ds, world, recipe=command.recipe, watch=watch, requests=requests, extras=extras)
         else:
-            pretrain(config, ds, world, recipe=command.recipe, watch=watch)
-    except (UserError, BadNumericState) as error:
+            pretrain(config, ds, world, recipe=command.recipe, watch=watch, requests=requests, extras=extras)
+    except (UserError, BadNumericState, CheckpointError) as error:
         # Before the ranks have met, each may be wrong in its own way: a file may be missing on one host alone.
         if rank == 0 or error.on_one_rank or (first_of_host and not distributed.joined()):
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
@@ -87,6 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pretrain: error: rank {rank}: {error}", file=sys.stderr, flush=True)
         watch.fail(str(error))
         distributed.leave_now(1)
+    except Preempted as stop:
+        if rank == 0 or stop.on_one_rank:
+            print(f"pretrain: {stop} (exit code {stop.exit_code})", file=sys.stderr, flush=True)
+        if stop.on_one_rank:
+            watch.fail(str(stop), stop.exit_code)
+            distributed.leave_now(stop.exit_code)
+        distributed.stop()
+        return stop.exit_code
     except KeyboardInterrupt:
         if rank == 0:
             print("pretrain: interrupted", file=sys.stderr, flush=True)
@@ -120,20 +134,38 @@ def with_demo_shards(config: Config) -> Config:
     return replace(config, data=replace(config.data, shards=f"{shards}/train", valid=valid))
 
 
-def with_tokenizer(config: Config) -> Config:
-    """Text: with the size of the tokenizer's vocabulary. Collective; raises UserError alike on every rank."""
+def with_tokenizer(config: Config) -> tuple[Config, Mapping[str, bytes]]:
+    """Text: with the size of the tokenizer's vocabulary, and the tokenizer's files as checkpoints carry them.
+    Collective; raises UserError alike on every rank."""
     if config.modality != "text":
-        return config
-    found: list[Config] = []
-    together(lambda: found.append(with_vocabulary(config)[0]), errors=(UserError,), raises=UserError)
-    return found[0]
+        return config, {}
+    found: list[tuple[Config, Tokenizer]] = []
+    together(lambda: found.append(with_vocabulary(config)), errors=(UserError,), raises=UserError)
+    config, tokenizer = found[0]
+    return config, {f"{TOKENIZER_FOLDER}/{name}": content for name, content in tokenizer.core_files.items()}
 
 
-def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:
-    """Set up, resume, train. Raises UserError alike on every rank."""
-    run = set_up(config, ds, world, recipe=recipe, watch=watch)
+def pretrain(
+    config: Config,
+    ds: dict[str, Any],
+    world: World,
+    *,
+    recipe: str,
+    watch: Watchdog | None = None,
+    requests: StopRequests | None = None,
+    extras: Mapping[str, bytes] | None = None,
+) -> Run:
+    """Set up, resume, train; `extras` are files that every checkpoint carries. Raises UserError and Preempted alike on
+    every rank."""
+    run = set_up(config, ds, world, recipe=recipe, watch=watch, requests=requests, extras=extras)
     try:
         train(run)
+    except (UserError, BadNumericState) as error:
+        if not error.on_one_rank:
+            _finish_or_say(run)
+        raise
+    except CheckpointError:
+        raise
     except RuntimeError as error:  # torch reports a dead worker from a signal handler, anywhere in the step
         reason = run.loader.explain(error)
         if reason is None:
@@ -147,7 +179,25 @@ def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str, w
     return run
 
 
-def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> None:
+def _finish_or_say(run: Run) -> None:
+    """Commit what is being written while another error, which matters more, ends the run. Collective."""
+    try:
+        finish_saving(run)
+    except CheckpointError as error:
+        if run.world.is_main:
+            print(f"pretrain: {error}", file=sys.stderr, flush=True)
+
+
+def check(
+    config: Config,
+    ds: dict[str, Any],
+    world: World,
+    *,
+    recipe: str,
+    watch: Watchdog | None = None,
+    requests: StopRequests | None = None,
+    extras: Mapping[str, bytes] | None = None,
+) -> None:
     """--check: one step, one validation, one save, one load that must give the same bits; peak memory.
 
     Everything is written beside the run directory and removed. A rank that fails alone leaves at once, as in a run.
@@ -173,7 +223,7 @@ def check(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watc
     schedule = replace(config.schedule, kind="constant", warmup_steps=0)
     config = replace(config, train=one, teacher=teacher, schedule=schedule)
     try:
-        run = pretrain(config, ds, world, recipe=recipe, watch=watch)
+        run = pretrain(config, ds, world, recipe=recipe, watch=watch, requests=requests, extras=extras)
         peak, what = peak_memory(world.device)  # before the copies that only this check makes
         together(lambda: _reload(run), errors=(UserError,), raises=UserError)
         if world.is_main:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from megad2v.checkpoint.catalog import find_checkpoint, newest_valid, set_aside_later, steps_present
+from megad2v.checkpoint.background import BackgroundWriter
+from megad2v.checkpoint.catalog import (
+    find_checkpoint_by_all,
+    newest_valid_by_all,
+    recover,
+    set_aside_later,
+    steps_present,
+)
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.deepspeed_json import fill_deepspeed, zero_stage
 from megad2v.config.load import to_yaml
@@ -42,13 +49,27 @@ from megad2v.teacher.ema import ShardedTeacher
 from megad2v.training.loop import Run
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords
 from megad2v.training.schedules import schedule_remarks
-from megad2v.training.state import check_resumable, initialise_from, load
+from megad2v.training.signals import StopRequests
+from megad2v.training.state import check_resumable, initialise_from, load, other_tokenizer
 
 T = TypeVar("T")
+ORPHANS_S = 7.0
+"""How long the data workers of a killed run may keep its lock."""
 
 
-def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:
-    """Everything of a run, resumed where train.resume says so. Collective; raises UserError alike on every rank."""
+def set_up(
+    config: Config,
+    ds: dict[str, Any],
+    world: World,
+    *,
+    recipe: str,
+    watch: Watchdog | None = None,
+    requests: StopRequests | None = None,
+    extras: Mapping[str, bytes] | None = None,
+) -> Run:
+    """Everything of a run, resumed where train.resume says so; `extras` are files that its checkpoints carry (text: the
+    tokenizer). Collective; raises UserError alike on every rank."""
+    watch, extras = watch or Watchdog(), extras or {}
     precision = resolve_precision(config.train.precision)
     _check_ranks(config, world)
     filled = fill_deepspeed(ds, config, precision=precision, data_parallel=world.data.size)
@@ -56,15 +77,20 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
     _on_all(lambda: check_deepspeed(filled, world.topology))
     if config.train.compile:
         _on_all(check_compiler)
-    resumed = _find_resume(config, directory, world)
-    source = _find_init(config, world) if resumed is None else None
+    lock, there = None, broadcast_text("a run" if (directory / "checkpoints").is_dir() else "")
+    if there:
+        lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
+        _on_all(lambda: _clear_up(directory) if world.is_main else None)
+    resumed = _find_resume(config, directory, world, extras)
+    source = _find_init(config) if resumed is None else None
     start = resumed.index.step if resumed else 0
 
     loader = _on_all(lambda: TrainingLoader(config, rank=world.data.rank, world=world.data.size, start_step=start))
     valid = None
     if config.data.valid is not None:
         valid = _on_all(lambda: validation_batches(config, rank=world.data.rank, world=world.data.size))
-    lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
+    if not there:  # not before all that can be wrong with a new run has been looked at
+        lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
     _on_all(lambda: _prepare_directory(config, filled, directory, start) if world.is_main else None)
     logger = _on_all(
         lambda: (
@@ -87,9 +113,12 @@ def set_up(config: Config, ds: dict[str, Any], world: World, *, recipe: str, wat
             peak_flops=peak * world.size if peak else None,
         ),
         records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),
-        guard=Guard(engine, world, watch or Watchdog(), limit=config.train.hang_timeout),
+        guard=Guard(engine, world, watch, limit=config.train.hang_timeout),
+        background=BackgroundWriter(at=watch.at) if config.train.async_save else None,
         logger=logger,
         lock=lock,
+        requests=requests or StopRequests(),
+        extras=extras,
     )
     if world.is_main:
         print("\n".join(_report(run, ds, precision=precision, recipe=recipe, peak=peak_source)), flush=True)
@@ -180,60 +209,58 @@ def _check_ranks(config: Config, world: World) -> None:
         )
 
 
-def _find_resume(config: Config, directory: Path, world: World) -> Checkpoint | None:
-    """The checkpoint to go on from, chosen and verified by the main rank, opened by all. Nothing is written yet."""
-
-    def decide() -> str:
-        asked = config.train.resume
-        if asked == "never":
-            if steps_present(directory):
-                raise UserError(
-                    f"train.resume: never, but {directory} has checkpoints; choose another train.output_dir or auto"
-                )
-            return ""
-        if asked != "auto":
-            return _verified(Path(asked))
-        newest, reasons = newest_valid(directory)
-        for reason in reasons:
+def _find_resume(config: Config, directory: Path, world: World, extras: Mapping[str, bytes]) -> Checkpoint | None:
+    """The checkpoint to go on from, verified by all ranks together. Nothing is written yet."""
+    asked = config.train.resume
+    if asked == "never":
+        if broadcast_text("taken" if steps_present(directory) else ""):
+            raise UserError(
+                f"train.resume: never, but {directory} has checkpoints; choose another train.output_dir or auto"
+            )
+        return None
+    if asked != "auto":
+        newest: Path | None = find_checkpoint_by_all(Path(asked))
+    else:
+        newest, reasons = newest_valid_by_all(directory)
+        for reason in reasons if world.is_main else ():
             print(f"passed over a checkpoint: {reason}", flush=True)
         if newest is None and reasons:
             raise UserError(
-                f"train.resume: none of the checkpoints in {directory} is valid; choose another train.output_dir to "
-                "start anew"
+                f"train.resume: none of the checkpoints in {directory} is valid ({reasons[0]}); choose another "
+                "train.output_dir to start anew"
             )
-        return str(newest or "")
-
-    checkpoint = _open_chosen(decide, world)
-    if checkpoint is not None:
-        _on_all(lambda: check_resumable(checkpoint, config))
+    if newest is None:
+        return None
+    checkpoint = _on_all(lambda: Checkpoint(newest, check_sizes=False))
+    _on_all(lambda: check_resumable(checkpoint, config, extras))
     return checkpoint
 
 
-def _find_init(config: Config, world: World) -> Checkpoint | None:
-    """The checkpoint that train.init names, verified."""
-    path = config.train.init
-    return _open_chosen(lambda: _verified(Path(path)) if path is not None else "", world)
+def _find_init(config: Config) -> Checkpoint | None:
+    """The checkpoint that train.init names, verified by all ranks together."""
+    if config.train.init is None:
+        return None
+    directory = find_checkpoint_by_all(Path(config.train.init))
+    return _on_all(lambda: Checkpoint(directory, check_sizes=False))
 
 
-def _verified(path: Path) -> str:
-    directory = find_checkpoint(path)
-    Checkpoint(directory).verify()
-    return str(directory)
-
-
-def _open_chosen(decide: Callable[[], str], world: World) -> Checkpoint | None:
-    """Open on every rank what the main rank decides for; "" for none."""
-    chosen = broadcast_text(_on_all(lambda: decide() if world.is_main else ""))
-    return _on_all(lambda: Checkpoint(Path(chosen))) if chosen else None
+def _clear_up(directory: Path) -> None:
+    """Behind a run that was killed while it saved."""
+    for line in recover(directory):
+        print(line, flush=True)
 
 
 def _alone_in(directory: Path) -> FileLock:
     """Hold the run directory until the process ends. Two runs in one would mix their logs and delete each other's
-    checkpoints. Raises UserError where another run has it (as far as the file system knows locks)."""
+    checkpoints. Raises UserError where another run has it (as far as the file system knows locks) and keeps it.
+
+    Processes that were forked inherit a lock (filelock before 4): data workers of a rank that was killed hold on to it
+    until they notice, which takes torch 5 seconds.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=ORPHANS_S)
     except Timeout:
         raise UserError(
             f"train.output_dir: another run is writing to {directory}; end it, or choose another directory"
@@ -269,6 +296,8 @@ def _restore(run: Run, resumed: Checkpoint | None, source: Checkpoint | None) ->
             planned = source.index.config["train"]["steps"]
             if source.index.step < planned:
                 print(f"  that run has not ended: step {source.index.step:,} of {planned:,}", flush=True)
+            if other_tokenizer(source, run.extras):
+                print("  text.tokenizer: not that run's: the rows of its table stood for other pieces", flush=True)
             for kind in ("missing", "unused"):
                 if result[kind]:
                     print(f"  {kind}: {', '.join(result[kind])}", flush=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megad2v.checkpoint.layout import Piece
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.writer import write_checkpoint
 from megad2v.config.schema import Config
+from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.engine.distributed import World, broadcast_text, together
 from megad2v.engine.fragments import MOMENTS, Fragment, adam_entries, shapes
 from megad2v.engine.replicas import unify
@@ -22,6 +24,7 @@ from megad2v.engine.setup import TrainingEngine
 from megad2v.errors import UserError
 from megad2v.metrics.report import versions
 from megad2v.modalities.build import build_student
+from megad2v.modalities.text.tokenizer import ABOUT_FILE
 from megad2v.teacher.ema import ShardedTeacher
 
 
@@ -64,15 +67,17 @@ def save(
     world: World,
     data_fingerprint: str,
     extras: Mapping[str, bytes] | None = None,
+    write: Callable[..., None] = write_checkpoint,
 ) -> None:
-    """Write a checkpoint into `directory`, with the small files `extras`; see `write_checkpoint`. Collective.
+    """Write a checkpoint into `directory`, with the small files `extras`; see `write_checkpoint`. Collective. `write`
+    may be a `BackgroundWriter.start` instead, which returns before anything is written.
 
     Where tensor-parallel ranks' copies of a parameter have drifted apart, all get the first rank's, which is the one
     that is saved: a run that resumes goes on as this one does.
     """
     _unify_copies(engine, teacher, world)
     entries = adam_entries(engine.deepspeed, engine.state)
-    write_checkpoint(
+    write(
         directory,
         [
             Piece(kind, f.name, f.start, memory)
@@ -177,8 +182,23 @@ SAME_LENGTHS = {
 """The same for modalities whose micro-batches follow from lengths."""
 
 
-def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
-    """Raise UserError where `checkpoint` is of another model, or of another stream of samples, than `config`."""
+def other_tokenizer(checkpoint: Checkpoint, extras: Mapping[str, bytes]) -> bool:
+    """Whether a text checkpoint carries another tokenizer than `extras`; False where either has none."""
+    name = f"{TOKENIZER_FOLDER}/{ABOUT_FILE}"
+    if name not in extras or name not in checkpoint.extras:
+        return False
+    then, now = (json.loads(about)["fingerprint"] for about in (checkpoint.extra(name), extras[name]))
+    return then != now
+
+
+def check_resumable(checkpoint: Checkpoint, config: Config, extras: Mapping[str, bytes]) -> None:
+    """Raise UserError where `checkpoint` is of another model, another tokenizer, or another stream of samples, than
+    `config` and the run's `extras`."""
+    if other_tokenizer(checkpoint, extras):
+        raise UserError(
+            f"text.tokenizer: the run in {checkpoint.directory} has another one, whose ids stand for other pieces; "
+            "resume with the same, or choose another train.output_dir"
+        )
     with torch.device("meta"):
         ours = {name: list(p.shape) for name, p in build_student(config).named_parameters()}
     saved: dict[str, Any] = checkpoint.index.shapes

@@ -71,12 +71,14 @@ def take_step(
     losses: list[Tensor] | None = None,
     blocks: Collection[int] | None = None,
     guard: Guard | None = None,
+    before_update: Callable[[], None] | None = None,
 ) -> bool:
     """Forward and backward of this rank's micro-batches, verdict, update, EMA. False where the step was refused: then
     neither weights nor moments nor teacher have changed. Collective, the same on every rank.
 
     Without a `verdict` every finite step is taken. `losses` takes in each micro-batch's summed loss, on the device.
-    `blocks` of the student run (None: all); `guard` holds the forwards to what all ranks agreed on.
+    `blocks` of the student run (None: all); `guard` holds the forwards to what all ranks agreed on. `before_update` is
+    called when the backwards are done and nothing that a checkpoint holds has changed yet.
     """
     losses = [] if losses is None else losses
     watch = guard.watch if guard is not None else Watchdog()
@@ -93,6 +95,8 @@ def take_step(
     if guard is not None:
         guard.finish()
     watch.at("update", samples=())
+    if before_update is not None:
+        before_update()
     loss = torch.stack(losses).double().sum() / max(1, counts.masked)
     taken = engine.step(learning_rate, loss, both_finite if verdict is None else verdict.judge)
     if taken:

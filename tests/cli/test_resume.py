@@ -35,7 +35,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    times = {"step_seconds", "data_seconds", "tokens_per_second", "mfu"}
+    times = {"step_seconds", "data_seconds", "tokens_per_second", "mfu", "save_seconds", "save_stall_seconds"}
     return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 

@@ -99,5 +99,41 @@ flags sbatch_deepspeed
 submit sbatch_deepspeed --nodes 2 --ntasks-per-node 1 "$scratch/shell.sbatch" "${words[@]}"
 compare sbatch_deepspeed one_node
 
+# Preemption: what --signal sends before the time limit is sent by hand. All ranks save, the script puts the job back into the
+# queue, and the whole has the losses of a run that nobody stopped.
+preempted() { # name, what is signalled (words of scancel), then words of sbatch
+  local name=$1 id state
+  local -a signalled=($2)
+  shift 2
+  flags "$name"
+  id=$(on a sbatch --parsable --output "$scratch/$name.out" "$@" "${words[@]}")
+  for _ in $(seq 600); do
+    [ "$(wc -l < "$scratch/$name/metrics.jsonl" 2> /dev/null || echo 0)" -lt 5 ] || break
+    sleep 0.2
+  done
+  on a scancel "${signalled[@]}" "$id"
+  for _ in $(seq 600); do
+    state=$(on a squeue --noheader --states all --format %T --jobs "$id" || true)
+    [ "$state" != PENDING ] || on a scontrol update "JobId=$id" StartTime=now 2> /dev/null || true # Slurm waits 2 minutes
+    case $state in COMPLETED | FAILED | CANCELLED | TIMEOUT) break ;; esac
+    sleep 0.5
+  done
+  grep -h 'pretrain: preempted\|back into the queue\|resumed from' "$scratch/$name.out" | sed "s/^/  /; s#$scratch/##g"
+  [ "$state" = COMPLETED ] && grep -q 'resumed from' "$scratch/$name.out" && [ -e "$scratch/$name/checkpoints/latest" ]
+}
+steps=60
+flags one_node_long
+run one_node_long on a deepspeed --num_gpus 2 launch/pretrain.py "${words[@]}"
+seconds=0
+echo
+for case in "preempted_srun --signal=USR1|--nodes 2 --ntasks-per-node 1 launch/slurm/pretrain.sbatch" \
+  "preempted_torchrun --batch --signal=USR1|--nodes 2 launch/slurm/torchrun.sbatch"; do
+  read -r name signalled <<< "${case%%|*}"
+  begin=$SECONDS
+  preempted "$name" "$signalled" ${case#*|} || { echo "$name: FAILED"; tail -n 40 "$scratch/$name.out"; failures=$((failures + 1)); }
+  seconds=$((SECONDS - begin))
+  compare "$name" one_node_long
+done
+
 [ -z "${KEEP:-}" ] || cp "$scratch"/*.out "$scratch"/*.log "$KEEP"
 if [ $failures = 0 ]; then echo "all the same"; else echo "$failures FAILED"; exit 1; fi

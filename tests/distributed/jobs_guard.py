@@ -50,7 +50,10 @@ def agreement(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
             except Disagreement as error:
                 seen[name] = str(error)
         seen[f"{name}, sent"] = sent.calls
-    seen["after all that"] = guard.agree(same, [1])
+    with CountCollectives() as sent:
+        seen["asked to leave"] = [guard.agree(same, [1], leave=odd), guard.leaving]
+    seen["asked to leave, sent"] = sent.calls
+    seen["after all that"] = [guard.agree(same, [1]), guard.leaving]
     return seen
 
 

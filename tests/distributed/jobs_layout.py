@@ -50,11 +50,11 @@ class Trainer:
         from megad2v.training.proposal import propose
         from megad2v.training.schedules import rates_at
         from megad2v.training.step import count_step, take_step
-        from tests.distributed.layouts import micro_batch
+        from tests.distributed.layouts import micro_batch_of
 
         world, config = self.world, self.config
         places = range(world.data.rank, config.train.micro_batches_per_step, world.data.size)
-        batches = [micro_batch(step, m, config.modality) for m in places]
+        batches = [micro_batch_of(config, step, m) for m in places]
         proposal = propose(batches, kind="training", step=step, updates=step, depth=config.model.depth, blocks=blocks)
         counts = count_step(batches, world, lambda own: self.guard.agree(proposal, own))
         _, decay = rates_at(config, step)
@@ -125,8 +125,11 @@ def whole(parameter: torch.nn.Parameter, value: torch.Tensor, axis: Axis | None)
     parts = [torch.empty_like(value) for _ in range(axis.size)]
     torch.distributed.all_gather(parts, value.contiguous(), group=axis.group)
     if getattr(parameter, "tensor_model_parallel", False):
-        return torch.cat(parts)
-    assert all(torch.equal(parts[0], part) for part in parts[1:]), "replicated parameters have drifted apart"
+        joined, rows = torch.cat(parts), parameter.shard.full_shape[0]
+        assert not joined[rows:].any(), "padding behind a vocabulary is not zeros"
+        return joined[:rows].clone()
+    drift = max(float((parts[0] - part).abs().max()) for part in parts)
+    assert drift == 0, f"copies of a parameter {tuple(value.shape)} have drifted apart by {drift:.1e}"
     return parts[0]
 
 
@@ -146,7 +149,8 @@ def _curve(world: Any, layout: Layout, steps: int, output: Path) -> dict[str, An
     from megad2v.metrics.statistics import StepStatistics
     from tests.distributed.layouts import kept_in, tiny_config
 
-    trainer = build(world, tiny_config(steps=steps, modality=layout.modality), layout)
+    config = tiny_config(steps=steps, modality=layout.modality, teacher_sees=layout.teacher_sees)
+    trainer = build(world, config, layout)
     world, config, engine, axis = trainer.world, trainer.config, trainer.engine, trainer.world.tensor
     gradients: dict[str, torch.Tensor] = {}
     take = engine.deepspeed._take_model_step
@@ -203,7 +207,7 @@ def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
     """
     from megad2v.modalities.build import build_teacher
     from megad2v.training.schedules import rates_at
-    from tests.distributed.layouts import kept_in, micro_batch, tiny_config
+    from tests.distributed.layouts import kept_in, micro_batch_of, tiny_config
 
     config = tiny_config(micro_batches=layout.data, steps=steps, scope=layout.scope, modality=layout.modality)
     trainer = build(world, config, layout)
@@ -225,7 +229,7 @@ def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
                 average[name].mul_(decay).add_(now[name].double(), alpha=1 - decay)
         if step % 100 == 99 or step < 3:
             plain.load_state_dict({n: v.float() for n, v in average.items()}, strict=False)
-            inputs = micro_batch(step, 0, config.modality).inputs[:2]
+            inputs = micro_batch_of(config, step, 0).inputs[:2]
             view = torch.randn(2, 10, config.model.width, generator=torch.Generator().manual_seed(step))
             seen, expected = engine.teacher(inputs, view, None), plain(inputs, view, None)
             target_error = max(target_error, float((seen - expected).norm() / expected.norm()))

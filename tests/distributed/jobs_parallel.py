@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megad2v.config.schema import Config
+from megad2v.engine.setup import write_initial_weights
 from megad2v.modalities.build import build_student, build_teacher
 from megad2v.models.data2vec import Student, Teacher
-from megad2v.models.initialise import initial_value, initialisers, truncated_normal
+from megad2v.models.initialise import truncated_normal
 from megad2v.models.layers import VanillaLayers
 from megad2v.parallel.layers import layers_for
 from megad2v.parallel.sharding import shard_of
@@ -29,15 +30,6 @@ def _start() -> Axis:
     return Topology(dist.get_world_size(), "cpu").tensor
 
 
-def _fill(module: nn.Module) -> None:
-    """This rank's slices of the initial values."""
-    with torch.no_grad():
-        for name, parameter, initialiser in initialisers(module):
-            shard = shard_of(parameter)
-            value = initial_value(5, name, shard.full_shape, initialiser).flatten()[shard.start :]
-            parameter.copy_(value[: parameter.numel()].view(parameter.shape))
-
-
 def _over_ranks(value: Tensor, axis: Axis) -> list[Tensor]:
     parts = [torch.empty_like(value) for _ in range(axis.size)]
     dist.all_gather(parts, value.contiguous(), group=axis.group)
@@ -50,7 +42,7 @@ def embedding(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     weight = truncated_normal(1.0)
     ours = layers_for(axis, sequence=False).embedding(VOCABULARY, WIDTH, weight=weight)
     whole = VanillaLayers.embedding(VOCABULARY, WIDTH, weight=weight)
-    _fill(ours), _fill(whole)
+    write_initial_weights(ours, 5), write_initial_weights(whole, 5)
     ids = torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
     factor = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
     results = []
@@ -59,11 +51,14 @@ def embedding(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
         (out * factor).sum().backward()
         results.append(out.detach())
     shard = shard_of(ours.weight)
-    rows = slice(shard.start // WIDTH, shard.start // WIDTH + ours.weight.shape[0])
+    own = shard.numel // WIDTH
+    rows = slice(shard.start // WIDTH, shard.start // WIDTH + own)
     return {
         "rows": [rows.start, rows.stop],
         "equal": torch.equal(*results),
-        "gradient": torch.equal(ours.weight.grad, whole.weight.grad[rows]),
+        "table": len(ours.weight),
+        "gradient": torch.equal(ours.weight.grad[:own], whole.weight.grad[rows]),
+        "padding": not ours.weight[own:].any() and not ours.weight.grad[own:].any(),
     }
 
 
@@ -107,7 +102,7 @@ def dropout(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
     axis, sequence = _start(), arguments["sequence"]
     config, layers = _with_dropout(tiny_config()), layers_for(axis, sequence=sequence)
     student, teacher = build_student(config, layers), build_teacher(config, layers)
-    _fill(student), _fill(teacher)
+    write_initial_weights(student, 5), write_initial_weights(teacher, 5)
     _equal_heads(student, axis)
     watch = _Watch(student)
     report: dict[str, Any] = {}

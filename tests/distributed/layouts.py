@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megad2v.config.deepspeed_json import fill_deepspeed, read_deepspeed_json
-from megad2v.config.modalities import SpeechConfig, VisionConfig
+from megad2v.config.modalities import SpeechConfig, TextConfig, VisionConfig
 from megad2v.config.schema import (
     Config,
     DataConfig,
@@ -36,6 +36,7 @@ from megad2v.training.layer_drop import kept_blocks
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES, PIXELS, PATCH = 3, 24, 8
 GRID = PIXELS // PATCH
+VOCABULARY, LONGEST = 23, 13
 CONV_LAYERS = ((16, 10, 5), (12, 3, 2), (16, 2, 2))
 
 
@@ -54,6 +55,7 @@ class Layout:
     scope: str = "encoder"
     precision: str = "fp32"
     modality: str = "vision"
+    teacher_sees: str = "full"
 
     @property
     def ranks(self) -> int:
@@ -63,6 +65,7 @@ class Layout:
     def __str__(self) -> str:
         """Such as zero3_tp2_dp2_sequence."""
         words = [] if self.modality == "vision" else [self.modality]
+        words += [self.teacher_sees] if self.teacher_sees != "full" else []
         words += [self.zero, *([f"tp{self.tensor}"] if self.tensor > 1 else []), f"dp{self.data}"]
         words += [word for word in ("sequence", "resident", "compiled") if getattr(self, word)]
         words += [f"persist_{self.persistence}"] if self.persistence is not None else []
@@ -80,10 +83,17 @@ class Layout:
 
 
 def tiny_config(
-    *, micro_batches: int = 4, decay: float = 0.9, steps: int = 20, scope: str = "encoder", modality: str = "vision"
+    *,
+    micro_batches: int = 4,
+    decay: float = 0.9,
+    steps: int = 20,
+    scope: str = "encoder",
+    modality: str = "vision",
+    teacher_sees: str = "full",
 ) -> Config:
     """Two narrow blocks; layer scale 0.5 and Adam's eps 1e-6, so that gradients are not lost in rounding. Speech: its
-    recipe's norms, targets and loss, copied positions, and three blocks with layer drop."""
+    recipe's norms, targets and loss, copied positions, and three blocks with layer drop. Text: the same, a copied norm,
+    and a vocabulary that no number of ranks divides."""
     config = Config(
         model=ModelConfig(width=24, depth=2, heads=4, layer_scale=0.5, head_layers=1),
         vision=VisionConfig(image_size=PIXELS, patch_size=PATCH),
@@ -93,7 +103,16 @@ def tiny_config(
         data=DataConfig(micro_batch=MicroBatchConfig(samples=SAMPLES)),
         train=TrainConfig(micro_batches_per_step=micro_batches, steps=steps),
     )
+    if modality == "text":
+        return _as_text(config, teacher_sees)
     return config if modality == "vision" else _as_speech(config)
+
+
+def matrix_config() -> Config:
+    """Sizes that neither 2 nor 4 ranks share evenly: width 18 in heads of 9, MLPs of 70, so that every kind of fragment
+    ends in padding somewhere."""
+    config = tiny_config(steps=10)
+    return replace(config, model=replace(config.model, width=18, heads=2, mlp_ratio=3.9))
 
 
 def _as_speech(config: Config) -> Config:
@@ -119,14 +138,73 @@ def _as_speech(config: Config) -> Config:
     )
 
 
+def _as_text(config: Config, teacher_sees: str) -> Config:
+    model = ModelConfig(
+        width=24,
+        depth=2,
+        heads=4,
+        norm="post",
+        layer_scale=None,
+        qkv_bias="full",
+        relative_bias=False,
+        head_layers=2,
+        init="bert",
+    )
+    return replace(
+        config,
+        modality="text",
+        model=model,
+        text=TextConfig(vocabulary=VOCABULARY, max_tokens=LONGEST, teacher_sees=teacher_sees),
+        targets=TargetsConfig(layers=2, tensor="ffn", layer_norm="layer", average_norm="none"),
+        loss=LossConfig(kind="smooth_l1", beta=4.0, scale="sum"),
+        teacher=replace(config.teacher, copied=("norm",)),
+    )
+
+
 def kept_in(config: Config, step: int) -> tuple[int, ...] | None:
     """Blocks of the student that run in a step, as the trainer draws them."""
     return kept_blocks(config.train.seed, step, depth=config.model.depth, rate=config.model.layer_drop)
 
 
-def micro_batch(step: int, m: int, modality: str = "vision") -> Batch:
-    """A micro-batch of either modality, pure in (step, m)."""
+def micro_batch(step: int, m: int, modality: str = "vision", teacher_sees: str = "full") -> Batch:
+    """A micro-batch of any modality, pure in its arguments; `teacher_sees` is text's."""
+    if modality == "text":
+        return _tokens(step, m, teacher_sees)
     return _waveforms(step, m) if modality == "speech" else _images(step, m)
+
+
+def micro_batch_of(config: Config, step: int, m: int) -> Batch:
+    """`micro_batch` of the configuration's modality."""
+    return micro_batch(step, m, config.modality, config.text.teacher_sees)
+
+
+def _tokens(step: int, m: int, teacher_sees: str) -> Batch:
+    """Rows of ids of which lengths and counts of chosen tokens differ, some rows without any; now and then a
+    micro-batch that lost its samples, so that a row of zeros is left."""
+    generator = torch.Generator().manual_seed(1000 * step + m)
+    longest = 8 + (3 * step + 5 * m) % (LONGEST - 7)
+    if (step + m) % 7 == 3:
+        zeros = torch.zeros(1, 2, longest, dtype=torch.int64)
+        return Batch("text", zeros, torch.zeros(1, 1, longest, dtype=torch.bool))
+    ids = torch.randint(4, VOCABULARY - 1, (SAMPLES, longest), generator=generator)
+    real = torch.tensor([longest - (row * (step + m)) % 5 for row in range(SAMPLES)])
+    ids[:, 0] = 0
+    ids[torch.arange(SAMPLES), real - 1] = 2
+    padding = torch.arange(longest)[None] >= real[:, None]
+    ids[padding] = 1
+    mask = torch.zeros(SAMPLES, longest, dtype=torch.bool)
+    for row, count in enumerate(real.tolist()):
+        mask[row, torch.randperm(count, generator=generator)[: (step + 2 * m + row) % (count - 1)]] = True
+    seen = ids
+    if teacher_sees == "masked_only":
+        seen = ids.masked_fill(~mask & mask.any(1, keepdim=True), 1)
+    return Batch(
+        "text",
+        torch.stack([seen, ids.masked_fill(mask, VOCABULARY - 1)], dim=1),
+        mask[:, None],
+        padding_bt=padding if padding.any() else None,
+        sample_ids=tuple(f"s{step}-{m}-{row}" for row in range(SAMPLES)),
+    )
 
 
 def _waveforms(step: int, m: int) -> Batch:
@@ -204,7 +282,7 @@ def plain_run(
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         prepare(student, step)
-        batches = [micro_batch(step, m, config.modality) for m in range(config.train.micro_batches_per_step)]
+        batches = [micro_batch_of(config, step, m) for m in range(config.train.micro_batches_per_step)]
         run = kept_in(config, step)
         count = sum(batch.masked_count() for batch in batches)
         total = 0.0
@@ -239,20 +317,27 @@ def plain_run(
 def _forward_double(student: Any, batch: Batch, teacher: Any, run: Any = None) -> torch.Tensor:
     """The objective in float64 throughout: the model's own forward casts targets and loss to float32."""
     functional, mask_bt, prefix = torch.nn.functional, batch.mask_bmt[:, 0], student.prefix_tokens
-    speech, padding_bt = batch.modality == "speech", batch.padding_bt
-    inputs = batch.inputs.double() if speech else (batch.inputs.double() / 255 - 0.5) / 0.5
+    padding_bt, spec = batch.padding_bt, student.spec
+    inputs = {"vision": (batch.inputs.double() / 255 - 0.5) / 0.5, "speech": batch.inputs.double()}
+    inputs, unseen_bt = inputs.get(batch.modality, batch.inputs), padding_bt
+    if batch.modality == "text":
+        unseen_bt = batch.inputs[:, 0] == 1
     masked, clean = student.front_end(inputs, mask_bt)
     with torch.no_grad():
         if teacher.front_end is not None:
             clean = teacher.front_end(inputs, None)[1]
-        _, layers = teacher.encoder(clean.detach(), padding_bt, last=student.spec.layers, tensor=student.spec.tensor)
-        if speech:  # over time, padding included
+        _, layers = teacher.encoder(clean.detach(), unseen_bt, last=spec.layers, tensor=spec.tensor)
+        if batch.modality == "speech":  # over time, padding included
             layers = [(x - x.mean(1, True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt() for x in layers]
+        if batch.modality == "text":
+            layers = [functional.layer_norm(x, x.shape[-1:], eps=1e-5) for x in layers]
         targets = sum(layer[:, prefix:] for layer in layers) / len(layers)
-        if not speech:
+        if batch.modality == "vision":
             targets = functional.layer_norm(targets, targets.shape[-1:], eps=1e-5)
     predictions = student.head(student.encoder(masked, padding_bt, run=run)[0][:, prefix:][mask_bt])
-    if speech:
+    if batch.modality == "text":
+        return functional.smooth_l1_loss(predictions, targets[mask_bt], beta=4.0, reduction="sum")
+    if batch.modality == "speech":
         error = (predictions - targets[mask_bt]).square().sum()
     else:
         error = functional.smooth_l1_loss(predictions, targets[mask_bt], beta=2.0, reduction="sum")

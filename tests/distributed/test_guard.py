@@ -33,8 +33,17 @@ def test_one_small_exchange_where_all_agree(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert rank["same"] == [3, 20, 0]
         ((name, size),) = rank["same, sent"]
-        assert "allreduce" in name and size == 5 * 8
-        assert rank["after all that"] == [2]
+        assert "allreduce" in name and size == 6 * 8
+        assert rank["after all that"] == [[2], 0]
+
+
+@pytest.mark.timeout(120)
+def test_all_hear_of_one_that_was_asked_to_leave(seen: list[dict[str, Any]]) -> None:
+    """Rank 1 is not the first of its tensor-parallel group, whose counts are heard; and nothing more is sent."""
+    for rank in seen:
+        assert rank["asked to leave"] == [[2], 1]
+        ((name, size),) = rank["asked to leave, sent"]
+        assert "allreduce" in name and size == 4 * 8
 
 
 WORDS = {

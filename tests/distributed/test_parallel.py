@@ -17,6 +17,7 @@ def test_vocabulary_is_split_unequally(tmp_path: Path) -> None:
     results = run_ranks(f"{JOBS}:embedding", 2, timeout=60, output=tmp_path)
     assert [result["rows"] for result in results] == [[0, 4], [4, 7]]
     assert all(result["equal"] and result["gradient"] for result in results)
+    assert all(result["table"] == 4 and result["padding"] for result in results)
 
 
 @pytest.mark.timeout(90)

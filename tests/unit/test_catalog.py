@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megad2v.checkpoint.catalog import prune, set_aside_later, step_directory, steps_present
+from megad2v.checkpoint.catalog import newest_valid, prune, recover, set_aside_later, step_directory, steps_present
+from megad2v.checkpoint.layout import Index
 
 
 def _run(tmp_path: Path, *steps: int) -> Path:
+    """Checkpoints without tensors."""
     for step in steps:
         step_directory(tmp_path, step).mkdir(parents=True)
+        index = Index(step=step, shapes={}, files=[], state={}, config={}, layout={}, code={})
+        (step_directory(tmp_path, step) / "index.json").write_text(index.dumps())
     return tmp_path
+
+
+def _names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
@@ -37,5 +45,47 @@ def test_put_aside_twice(tmp_path: Path) -> None:
     set_aside_later(run, 5)
     _run(run, 9)
     set_aside_later(run, 5)
-    names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert names == ["passed_over_step_00000009", "passed_over_step_00000009_1", "step_00000005"]
+    assert _names(run) == ["latest", "passed_over_step_00000009", "passed_over_step_00000009_1", "step_00000005"]
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
+
+
+def test_every_kth_is_never_deleted(tmp_path: Path) -> None:
+    run = _run(tmp_path, 50, 100, 150, 200, 250)
+    prune(run, 1, keep_every=100)
+    assert steps_present(run) == [100, 200, 250]
+    _run(run, 300, 350)
+    prune(run, 1, keep_every=100)
+    assert steps_present(run) == [100, 200, 300, 350]
+
+
+def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    """200 and 300 cannot be gone back to; 100, the only one left behind the newest, must stay."""
+    run = _run(tmp_path, 50, 100, 200, 300, 400)
+    (step_directory(run, 200) / "index.json").unlink()
+    (step_directory(run, 300) / "index.json").write_text("{")
+    prune(run, 2)
+    assert steps_present(run) == [100, 200, 300, 400]
+    assert newest_valid(run)[0] == step_directory(run, 400)
+    (step_directory(run, 400) / "index.json").unlink()
+    directory, reasons = newest_valid(run)
+    assert directory == step_directory(run, 100) and len(reasons) == 3
+
+
+def test_recover_takes_back_a_step_that_was_being_replaced(tmp_path: Path) -> None:
+    """A kill between the two renames of a rewritten step; and leftovers of other kills."""
+    run = _run(tmp_path, 100, 200)
+    folder = run / "checkpoints"
+    step_directory(run, 200).rename(folder / ".replaced_step_00000200")
+    (folder / ".writing_step_00000200").mkdir()
+    (folder / ".writing_step_00000200" / "rank00000.safetensors").write_bytes(b"half")
+    (folder / ".deleting_step_00000050").mkdir()
+    said = recover(run)
+    assert _names(run) == ["latest", "step_00000100", "step_00000200"]
+    assert newest_valid(run) == (step_directory(run, 200), [])
+    assert (folder / "latest").read_text() == "step_00000200\n"
+    assert len(said) == 2 and "took back" in said[0] and "never committed" in said[1]
+    assert recover(run) == []
+
+    (folder / ".replaced_step_00000200").mkdir()  # killed after both renames: the new one is there
+    assert recover(run) == []
+    assert _names(run) == ["latest", "step_00000100", "step_00000200"]

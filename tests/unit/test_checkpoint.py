@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megad2v.checkpoint import writer
 from megad2v.checkpoint.catalog import find_checkpoint, newest_valid, prune, step_directory, steps_present
-from megad2v.checkpoint.layout import ExtraRecord, FileRecord, Index, Piece, file_digest, fragment_key
+from megad2v.checkpoint.layout import ExtraRecord, FileRecord, Index, Piece, fragment_key
 from megad2v.checkpoint.reader import Checkpoint
+from megad2v.checkpoint.stream import checksum_of, write_tensors
 from megad2v.checkpoint.writer import CheckpointError, write_checkpoint
 from megad2v.errors import UserError
 from tests.checkpoints import cut, index_fields, small_config, small_state, write_small_checkpoint
@@ -66,7 +66,7 @@ def test_every_range_across_odd_boundaries(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write(tmp_path, ranks=8))
     name = "encoder.norm.weight"
     whole = STATE["student"][name]
-    pieces = [f for file in checkpoint.index.files for f in file.fragments if f[:2] == ("student", name)]
+    pieces = [f for file in checkpoint.index.files for f in file.fragments if f[:2] == (("student",), name)]
     assert len(pieces) > 4
     for start in range(whole.numel()):
         for length in range(whole.numel() - start + 1):
@@ -89,9 +89,9 @@ def test_overlapping_fragments_are_refused(tmp_path: Path) -> None:
     directory = write(tmp_path)
     index = Index.load(directory / "index.json")
     name = "encoder.norm.weight"
-    record = next(r for r in index.files if any(f[:2] == ("student", name) for f in r.fragments))
-    start, length = next(f[2:] for f in record.fragments if f[:2] == ("student", name))
-    record.fragments.append(("student", name, start, length))
+    record = next(r for r in index.files if any(f[:2] == (("student",), name) for f in r.fragments))
+    start, length = next(f[2:] for f in record.fragments if f[:2] == (("student",), name))
+    record.fragments.append((("student",), name, start, length))
     (directory / "index.json").write_text(index.dumps())
     with pytest.raises(UserError, match=r"student encoder\.norm\.weight"):
         Checkpoint(directory).full("student", name)
@@ -103,8 +103,8 @@ def test_a_gap_is_not_hidden_by_an_overlap(tmp_path: Path) -> None:
     name, values = "a", torch.arange(6.0)
     save_file({fragment_key("student", name, at): values[at : at + 3].clone() for at in (0, 1)}, directory / "x")
     index = Index.load(directory / "index.json")
-    fragments = [("student", name, at, 3) for at in (0, 1)]
-    index.files.append(FileRecord("x", (directory / "x").stat().st_size, file_digest(directory / "x"), fragments))
+    fragments = [(("student",), name, at, 3) for at in (0, 1)]
+    index.files.append(FileRecord("x", (directory / "x").stat().st_size, checksum_of(directory / "x"), fragments))
     index.shapes[name] = [6]
     (directory / "index.json").write_text(index.dumps())
     with pytest.raises(UserError, match=r"of the 6 values asked of student a"):
@@ -157,7 +157,10 @@ def test_index_tampering(tmp_path: Path) -> None:
     shorter = json.loads(text)
     shorter["files"].pop()
     assert "checksum does not match" in problem(json.dumps(shorter))
-    assert "format 2, this version reads format 1" in problem(json.dumps({**body, "format": 2}))
+    assert "format 9, this version reads formats 1 and 2" in problem(json.dumps({**body, "format": 9}))
+    assert "checksum does not match" in problem(text.replace('"step": 7', '"step": 8'))
+    assert "checksum does not match" in problem(text + " ")
+    assert "checksum does not match" in problem(json.dumps({**body, "format": 1}))
     assert "damaged index" in problem(text[: len(text) // 2])
     assert "damaged index" in problem("")
     assert "damaged index" in problem("[]")
@@ -289,27 +292,57 @@ def test_extras_outside_the_folder_are_not_opened(tmp_path: Path) -> None:
     assert index.extras == []
     outside = directory.parent / "elsewhere"
     outside.write_bytes(b"x")
-    index.extras.append(ExtraRecord("../elsewhere", 1, file_digest(outside)))
+    index.extras.append(ExtraRecord("../elsewhere", 1, checksum_of(outside)))
     (directory / "index.json").write_text(index.dumps())
     with pytest.raises(UserError, match="missing"):
         Checkpoint(directory)
 
 
-def test_an_index_from_before_extras_is_read(tmp_path: Path) -> None:
+def test_the_first_format_is_read(tmp_path: Path) -> None:
+    """As the first version wrote it: SHA-256, one row per kind, no extras, a checksum of the canonical JSON."""
     directory = write(tmp_path)
-    body = json.loads((directory / "index.json").read_text())
-    del body["extras"], body["sha256"]
-    body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    (directory / "index.json").write_text(json.dumps(body))
-    Checkpoint(directory).verify()
+    index = Index.load(directory / "index.json")
+    body = {"format": 1, **index_fields(CONFIG, SHAPES, 7), "files": []}
+    for record in index.files:
+        digest = hashlib.sha256((directory / record.file).read_bytes()).hexdigest()
+        rows = [[kind, *rest] for kinds, *rest in record.fragments for kind in kinds]
+        body["files"].append({"file": record.file, "bytes": record.bytes, "sha256": digest, "fragments": rows})
+    sealed = {**body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+    (directory / "index.json").write_text(json.dumps(sealed, indent=1))
+    checkpoint = Checkpoint(directory)
+    checkpoint.verify()
+    for kind, tensors in STATE.items():
+        assert all(torch.equal(value, tensors[name]) for name, value in checkpoint.tensors(kind))
+    flip(directory / "rank00001.safetensors")
+    with pytest.raises(UserError, match="does not match its checksum"):
+        checkpoint.verify()
+    (directory / "index.json").write_text(json.dumps({**sealed, "step": 8}))
+    with pytest.raises(UserError, match="its checksum does not match its content"):
+        Checkpoint(directory)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")], ids=repr)
-@pytest.mark.parametrize("fails", ["save_file", "sync_directory", "_fresh"])
+def test_safetensors_reads_what_was_streamed(tmp_path: Path) -> None:
+    """Written by hand, read by the library, whatever the lengths of names and tensors (its header is padded)."""
+    for number in range(1, 9):
+        values = {"n" * number: torch.randn(number), "b": torch.randn(3 * (1 << 18) + 1)}
+        pieces = [Piece("student", name, 5, value) for name, value in values.items()]
+        size, checksum = write_tensors(tmp_path / "file", pieces)
+        assert size == (tmp_path / "file").stat().st_size
+        assert checksum == checksum_of(tmp_path / "file")
+        read = load_file(tmp_path / "file")
+        assert len(read) == 2
+        assert all(torch.equal(read[fragment_key("student", name, 5)], value) for name, value in values.items())
+    for wrong in ([Piece("student", "a", 0, torch.ones(2, dtype=torch.bfloat16))], [pieces[0], pieces[0]]):
+        with pytest.raises(ValueError, match="float32, once"):
+            write_tensors(tmp_path / "file", wrong)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), MemoryError("No space left")], ids=repr)
+@pytest.mark.parametrize("fails", ["write_tensors", "sync_directory", "write_file"])
 def test_a_failed_write_leaves_what_was_there(
     fails: str, error: Exception, alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk is safetensors' own error in one place and Python's in another; neither may pass the exchange."""
+    """No error may pass the exchange, wherever it comes up."""
     directory = step_directory(tmp_path, 2)
     fields = index_fields(CONFIG, {"a": (3,)}, 2)
     old, new = (Piece("student", "a", 0, torch.full((3,), value)) for value in (1.0, 2.0))

@@ -43,6 +43,10 @@ class SpeechFile(SourceFile):
     sidecar: str = ""
     """The file that holds its transcript, if `text` does not."""
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.path, self.sidecar) if self.sidecar else (self.path,)
+
 
 @dataclass(frozen=True)
 class SpeechOptions:

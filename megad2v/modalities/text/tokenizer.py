@@ -123,20 +123,22 @@ class Tokenizer:
         }
 
     @cached_property
-    def files(self) -> Mapping[str, bytes]:
-        """Name -> content of what `save` writes."""
+    def core_files(self) -> Mapping[str, bytes]:
+        """Name -> content of what `load` reads: all of it but the list for people."""
         about = {
             "format": FORMAT_VERSION,
             **self.about,
             "specials": {**{piece: i for i, piece in enumerate(SPECIALS)}, MASK_PIECE: self.mask},
         }
-        rows = (f"{i}\t{json.dumps(piece, ensure_ascii=False)}\n" for i, piece in enumerate(self.pieces))
-        files = {
-            ABOUT_FILE: (json.dumps(about, indent=2) + "\n").encode(),
-            VOCABULARY_FILE: "".join(rows).encode(),
-        }
         model_file = MODEL_FILES[self.kind]
-        return {**files, model_file: self.model} if model_file else files
+        core = {ABOUT_FILE: (json.dumps(about, indent=2) + "\n").encode()}
+        return {**core, model_file: self.model} if model_file else core
+
+    @cached_property
+    def files(self) -> Mapping[str, bytes]:
+        """Name -> content of what `save` writes. Raises UserError where the library that encodes is missing."""
+        rows = (f"{i}\t{json.dumps(piece, ensure_ascii=False)}\n" for i, piece in enumerate(self.pieces))
+        return {**self.core_files, VOCABULARY_FILE: "".join(rows).encode()}
 
     def save(self, folder: Path) -> None:
         """Write the folder; megad2v.json, without which nothing is there, comes last. Raises UserError."""
