@@ -34,4 +34,4 @@ other=$!
 pretrain seed3 3 zero1 python
 wait "$other"
 pretrain shuffled 1 zero1 python --targets.shuffle true
-python benchmarks/gather.py "$work" "$result" benchmarks/clothing.sh
+python benchmarks/gather.py "$work" "$result" benchmarks/clothing.sh seed1 seed2 seed3 shuffled

@@ -47,4 +47,4 @@ other=$!
 pretrain seed3 3 zero1 python
 wait "$other"
 pretrain shuffled 1 zero1 python --targets.shuffle true
-python benchmarks/gather.py "$work" "$result" benchmarks/digits.sh
+python benchmarks/gather.py "$work" "$result" benchmarks/digits.sh seed1 seed2 seed3 shuffled
