@@ -24,6 +24,7 @@ PARALLEL = "tests/distributed/test_parallel.py"
 AUGMENT = "tests/unit/test_augment.py"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
 LENGTHS, SPANS = "tests/unit/test_plan_lengths.py", "tests/unit/test_speech_masking.py"
+RESUME = "tests/unit/test_make_shards_resume.py::{}"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
@@ -557,12 +558,55 @@ MUTANTS = (
         "return frames if rate in RATES else 0",
         "tests/unit/test_speech_decode.py::test_length_from_header",
     ),
+    # --- make_shards by many processes, and killed
     Mutant(
         "order of finished chunks instead of files",
         "megad2v/data/make.py",
-        "yield from _result(*pending.popleft())\n        while pending:",
-        "yield from _result(*pending.pop())\n        while pending:",
-        "tests/unit/test_make_shards_speech.py::test_same_bytes_for_any_number_of_workers",
+        "while self._next in self._prepared or self._next < self._journal.chunks:",
+        "while self._prepared and (self._prepared.add(self._next) or True):",
+        RESUME.format("test_ranks_share_the_work"),
+    ),
+    Mutant(
+        "a finished shard kept whatever is in it",
+        "megad2v/data/writer.py",
+        'fits = record["digest"] == digest and ',
+        "fits = ",
+        RESUME.format("test_record_is_of_the_same_samples"),
+    ),
+    Mutant(
+        "a half-copied chunk stays in the journal",
+        "megad2v/data/chunks.py",
+        "file.truncate(whole)",
+        "file.flush()",
+        RESUME.format("test_damaged_leftovers_are_made_again"),
+    ),
+    Mutant(
+        "data removed while the open shard needs them",
+        "megad2v/data/make.py",
+        "for number in chunks - self.packer.open_chunks:",
+        "for number in chunks:",
+        RESUME.format("test_ranks_share_the_work"),
+    ),
+    Mutant(
+        "changed sources are not looked at",
+        "megad2v/data/chunks.py",
+        "if _stamp(folder, file) != before:",
+        "if False:",
+        RESUME.format("test_changed_input_is_refused"),
+    ),
+    Mutant(
+        "the old data set removed again once the new one is half moved",
+        "megad2v/data/make.py",
+        "if writer.done:",
+        "if False:",
+        RESUME.format("test_overwriting_goes_on_too"),
+    ),
+    Mutant(
+        "duplicates count among the samples of a chunk",
+        "megad2v/data/make.py",
+        "            if number in dropped:\n                continue\n",
+        "",
+        RESUME.format("test_ranks_share_the_work"),
     ),
     # --- text corpora
     Mutant(
@@ -602,9 +646,9 @@ MUTANTS = (
     ),
     Mutant(
         "duplicates kept",
-        "megad2v/data/make.py",
-        "if outcome.fingerprint in seen:",
-        "if False:",
+        "megad2v/data/packing.py",
+        'return not head["fingerprint"] or head["fingerprint"] not in self._seen',
+        "return True",
         "tests/unit/test_make_shards_text.py::test_clean_and_duplicates",
     ),
     Mutant(

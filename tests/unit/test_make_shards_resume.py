@@ -257,6 +257,16 @@ def test_cuts_are_those_of_webdataset_tars(tmp_path: Path) -> None:
             assert larger.bytes > 25_000
 
 
+def test_record_is_of_the_same_samples(tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    tar = tmp_path / "text-000000.tar"
+    info = writer.write_shard(tar, "text", [("a", {"tokens.npy": b"1"})])
+    assert writer.read_record(tar, "text", "x") is None
+    writer.write_record(tar, "x", info)
+    assert writer.read_record(tar, "text", "x") == info
+    assert writer.read_record(tar, "text", "y") is None
+
+
 def head(samples: int, size: int = 4_000, fingerprint: str = "") -> dict[str, Any]:
     parts = [{"flac": size} for _ in range(samples)]
     return {"samples": parts, "labels": [-1] * samples, "totals": {"hours": 1.0}, "fingerprint": fingerprint}
