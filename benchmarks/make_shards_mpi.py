@@ -1,6 +1,6 @@
 """make_shards over MPI ranks beside processes of one machine: seconds and CPU seconds of the whole command.
 
-    python benchmarks/make_shards_mpi.py [--images-per-class 400] [--short 64] [--rounds 3] [--note TEXT] [--output FILE]
+    python benchmarks/make_shards_mpi.py [--images-per-class 400] [--short 64] [--rounds 3] [--output FILE]
 
 Input: demo pictures, each decoded, reduced and encoded again. The ways alternate within a round, and their best round
 counts. Ranks and workers each include what starting them costs, given apart as the time for a corpus of eight pictures.
@@ -26,7 +26,7 @@ MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np"]
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    **{name: "1" for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMP_NUM_THREADS")},
+    **dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMP_NUM_THREADS"), "1"),
 }
 
 

@@ -560,11 +560,11 @@ MUTANTS = (
     ),
     # --- make_shards by many processes, and killed
     Mutant(
-        "order of finished chunks instead of files",
+        "keys begin anew in each chunk",
         "megad2v/data/make.py",
-        "while self._next in self._prepared or self._next < self._journal.chunks:",
-        "while self._prepared and (self._prepared.add(self._next) or True):",
-        RESUME.format("test_ranks_share_the_work"),
+        'key = f"{piece.first + number:09d}"',
+        'key = f"{number:09d}"',
+        "tests/unit/test_make_shards.py::test_webdataset_reads_the_same_bytes",
     ),
     Mutant(
         "a finished shard kept whatever is in it",
@@ -585,7 +585,7 @@ MUTANTS = (
         "megad2v/data/make.py",
         "for number in chunks - self.packer.open_chunks:",
         "for number in chunks:",
-        RESUME.format("test_ranks_share_the_work"),
+        RESUME.format("test_each_file_is_prepared_once"),
     ),
     Mutant(
         "changed sources are not looked at",
@@ -595,18 +595,11 @@ MUTANTS = (
         RESUME.format("test_changed_input_is_refused"),
     ),
     Mutant(
-        "the old data set removed again once the new one is half moved",
-        "megad2v/data/make.py",
-        "if writer.done:",
-        "if False:",
-        RESUME.format("test_overwriting_goes_on_too"),
-    ),
-    Mutant(
         "duplicates count among the samples of a chunk",
         "megad2v/data/make.py",
         "            if number in dropped:\n                continue\n",
         "",
-        RESUME.format("test_ranks_share_the_work"),
+        "tests/unit/test_make_shards_text.py::test_clean_and_duplicates",
     ),
     # --- text corpora
     Mutant(

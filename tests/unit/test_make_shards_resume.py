@@ -149,6 +149,12 @@ def test_goes_on_where_it_stopped(source: Path, tmp_path: Path, monkeypatch: pyt
     assert files(out) == files(tmp_path / "whole")
 
 
+def test_each_file_is_prepared_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = prepared(monkeypatch)
+    run(source, tmp_path / "out")
+    assert sorted(names) == sorted(path.name for path in source.glob("*.txt"))
+
+
 def test_damaged_leftovers_are_made_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that lost its power: spooled data without their end, a journal and a finished shard that are gone."""
     run(source, tmp_path / "whole")
