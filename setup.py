@@ -80,7 +80,7 @@ EXTRAS = {
     "hf": ["transformers>=4.45", "tokenizers>=0.20"],  # export to, import from and parity with Hugging Face
     "speech": ["soundfile>=0.12", "soxr>=0.4"],  # decoding and resampling
     "text": ["sentencepiece>=0.2"],  # training vocabularies and encoding; *.zst asks for zstandard when there is one
-    "mpi": ["mpi4py>=4"],  # mpirun on several hosts without MASTER_ADDR; shards made over MPI ranks: planned
+    "mpi": ["mpi4py>=4"],  # make_shards --mpi; mpirun on several hosts without MASTER_ADDR
     "torchaudio": ["torchaudio"],  # CUDA machines only: there is no CPU build (docs/install.md)
     "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17.6,<0.18", "import-linter>=2.15", "setuptools>=70.1"],
 }

@@ -29,6 +29,7 @@ BACKGROUND, CATALOG = "tests/unit/test_background.py", "tests/unit/test_catalog.
 TEXT = "tests/unit/test_text_front_end.py"
 HF_TEXT = "tests/parity/test_hugging_face_text.py"
 TEXT_MASKS, TEXT_ROWS = "tests/unit/test_text_masking.py", "tests/unit/test_text_transforms.py"
+RESUME = "tests/unit/test_make_shards_resume.py::{}"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
@@ -825,12 +826,48 @@ MUTANTS = (
         "return frames if rate in RATES else 0",
         "tests/unit/test_speech_decode.py::test_length_from_header",
     ),
+    # --- make_shards by many processes, and killed
     Mutant(
-        "order of finished chunks instead of files",
+        "keys begin anew in each chunk",
         "megad2v/data/make.py",
-        "yield from _result(*pending.popleft())\n        while pending:",
-        "yield from _result(*pending.pop())\n        while pending:",
-        "tests/unit/test_make_shards_speech.py::test_same_bytes_for_any_number_of_workers",
+        'key = f"{piece.first + number:09d}"',
+        'key = f"{number:09d}"',
+        "tests/unit/test_make_shards.py::test_webdataset_reads_the_same_bytes",
+    ),
+    Mutant(
+        "a finished shard kept whatever is in it",
+        "megad2v/data/writer.py",
+        'fits = record["digest"] == digest and ',
+        "fits = ",
+        RESUME.format("test_record_is_of_the_same_samples"),
+    ),
+    Mutant(
+        "a half-copied chunk stays in the journal",
+        "megad2v/data/chunks.py",
+        "file.truncate(whole)",
+        "file.flush()",
+        RESUME.format("test_damaged_leftovers_are_made_again"),
+    ),
+    Mutant(
+        "data removed while the open shard needs them",
+        "megad2v/data/make.py",
+        "for number in chunks - self.packer.open_chunks:",
+        "for number in chunks:",
+        RESUME.format("test_each_file_is_prepared_once"),
+    ),
+    Mutant(
+        "changed sources are not looked at",
+        "megad2v/data/chunks.py",
+        "if _stamp(folder, file) != before:",
+        "if False:",
+        RESUME.format("test_changed_input_is_refused"),
+    ),
+    Mutant(
+        "duplicates count among the samples of a chunk",
+        "megad2v/data/make.py",
+        "            if number in dropped:\n                continue\n",
+        "",
+        "tests/unit/test_make_shards_text.py::test_clean_and_duplicates",
     ),
     # --- text corpora
     Mutant(
@@ -870,9 +907,9 @@ MUTANTS = (
     ),
     Mutant(
         "duplicates kept",
-        "megad2v/data/make.py",
-        "if outcome.fingerprint in seen:",
-        "if False:",
+        "megad2v/data/packing.py",
+        'return not head["fingerprint"] or head["fingerprint"] not in self._seen',
+        "return True",
         "tests/unit/test_make_shards_text.py::test_clean_and_duplicates",
     ),
     Mutant(
