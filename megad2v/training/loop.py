@@ -91,9 +91,9 @@ def train(run: Run) -> None:
     """
     train, model, progress = run.config.train, run.config.model, run.progress
     watch = run.guard.watch
+    run.requests.defer()  # before data workers are forked, which inherit the handlers
     steps = iter(run.loader)
     started_from = run.saved = progress.step
-    run.requests.defer()
     verdict = Verdict(run.config.verdict, losses=progress.taken_losses, norms=progress.taken_norms)
     while progress.step < train.steps:
         started = time.perf_counter()
@@ -103,7 +103,7 @@ def train(run: Run) -> None:
         blocks = kept_blocks(train.seed, progress.step, depth=model.depth, rate=model.layer_drop)
         counts = _agree(run, batches, blocks)
         if run.guard.leaving:
-            _leave(run, started_from)
+            _leave(run, started_from, delete_older=verdict.bad_in_a_row == 0)
         due = _due(progress.step + 1, train.log_every, train.steps)
         statistics = StepStatistics(run.config.model.width, run.world.device) if due else None
         rate, decay = rates_at(run.config, progress.updates)
@@ -175,7 +175,7 @@ def _agree(run: Run, batches: Sequence[Batch], blocks: tuple[int, ...] | None) -
     return count_step(batches, run.world, partial(run.guard.agree, proposal, leave=leave))
 
 
-def _leave(run: Run, started_from: int) -> NoReturn:
+def _leave(run: Run, started_from: int, *, delete_older: bool) -> NoReturn:
     """Some rank was asked to stop: save what was computed, and raise Preempted on every rank. Collective."""
     reason = run.requests.reason(run.config.train.max_minutes)
     reasons = together(lambda: reason, errors=(), raises=RuntimeError)  # on the main rank, who asked
@@ -184,7 +184,7 @@ def _leave(run: Run, started_from: int) -> NoReturn:
         said = "no step was taken, so there is nothing to save"
     else:
         if run.saved != step:
-            save_checkpoint(run)
+            save_checkpoint(run, delete_older=delete_older)
         finish_saving(run)
         said = f"saved {step_directory(run.directory, step)}"
     raise Preempted(f"preempted at step {step} ({in_words(reasons)}): {said}; the same command goes on from there")

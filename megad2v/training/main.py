@@ -215,7 +215,7 @@ def check(
     scratch = broadcast_text(made[0])
     one: TrainConfig = replace(
         config.train, steps=1, save_every=0, eval_every=0, log_every=1, output_dir=scratch, tensorboard=False,
-        resume="auto", wandb=replace(config.train.wandb, project=None),
+        resume="auto", max_minutes=None, wandb=replace(config.train.wandb, project=None),
     )  # fmt: skip
     # The real decay; no warm-up, whose first learning rate would move no weight.
     decay_steps = config.train.steps if config.teacher.decay_steps is None else config.teacher.decay_steps

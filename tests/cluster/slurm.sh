@@ -108,14 +108,14 @@ preempted() { # name, what is signalled (words of scancel), then words of sbatch
   flags "$name"
   id=$(on a sbatch --parsable --output "$scratch/$name.out" "$@" "${words[@]}")
   for _ in $(seq 600); do
-    [ "$(wc -l < "$scratch/$name/metrics.jsonl" 2> /dev/null || echo 0)" -lt 5 ] || break
+    [ "$(cat "$scratch/$name/metrics.jsonl" 2> /dev/null | wc -l)" -lt 5 ] || break
     sleep 0.2
   done
   on a scancel "${signalled[@]}" "$id"
   for _ in $(seq 600); do
     state=$(on a squeue --noheader --states all --format %T --jobs "$id" || true)
     [ "$state" != PENDING ] || on a scontrol update "JobId=$id" StartTime=now 2> /dev/null || true # Slurm waits 2 minutes
-    case $state in COMPLETED | FAILED | CANCELLED | TIMEOUT) break ;; esac
+    [ "$state" != COMPLETED ] || break # FAILED and CANCELLED are shown for a moment on the way back into the queue
     sleep 0.5
   done
   grep -h 'pretrain: preempted\|back into the queue\|resumed from' "$scratch/$name.out" | sed "s/^/  /; s#$scratch/##g"
