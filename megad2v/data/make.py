@@ -22,8 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 import megad2v
-from megad2v.data.chunks import Journal, check_chunk, chunk_path, heads_path, write_chunk
-from megad2v.data.chunks import read_outcomes as _unpack
+from megad2v.data.chunks import Journal, check_chunk, chunk_path, heads_path, read_outcomes, write_chunk
 from megad2v.data.format import DATASET_FILE, TOKENIZER_FOLDER, DatasetInfo, ShardInfo, read_dataset
 from megad2v.data.packing import DUPLICATE, Packer, Piece, ShardPlan
 from megad2v.data.team import Team, local_team
@@ -349,7 +348,7 @@ def _samples(data: Path, piece: Piece, files: Sequence[SourceFile]) -> Iterator[
     """(key, extension -> bytes)."""
     dropped, position = frozenset(piece.dropped), 0
     with data.open("rb") as stream:
-        for number, outcome in enumerate(_unpack(files, stream)):
+        for number, outcome in enumerate(read_outcomes(files, stream)):
             if number in dropped:
                 continue
             several = len(outcome.samples) > 1

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from megad2v.data import make as make_module
+from megad2v.data.chunks import read_outcomes
 from megad2v.modalities.sample import BadSample
 from megad2v.modalities.text import shards as shards_module
 from megad2v.modalities.text.clean import fingerprint
@@ -120,7 +121,7 @@ def test_memory_does_not_grow_with_the_file(
         assert isinstance(packed, Path)
         assert packed.stat().st_size > 12e6
         with packed.open("rb") as stream:
-            count = sum(len(outcome.samples) for outcome in make_module._unpack(corpus.files, stream))
+            count = sum(len(outcome.samples) for outcome in read_outcomes(corpus.files, stream))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
