@@ -87,9 +87,10 @@ def training_plan(config: Config, shards: ShardSet) -> tuple[Plan, list[str]]:
         assert data.micro_batch.samples is not None  # config.validate
         order = SampleOrder(shards.shard_sizes, seed=seed, window=data.window)
         return SamplePlan(order, data.micro_batch.samples), []
-    lengths = shards.lengths()
-    plan = BucketPlan(lengths, shards.shard_sizes, budget, ratio=data.bucket_ratio, seed=seed, window=data.window)
-    remarks = _left_out("data.shards", config, lengths, budget)
+    plan = BucketPlan(
+        shards.shard_lengths, shards.shard_sizes, budget, ratio=data.bucket_ratio, seed=seed, window=data.window
+    )
+    remarks = _left_out("data.shards", config, plan.left_out, plan.unknown, len(shards))
     buckets = "1 length bucket" if plan.buckets == 1 else f"{plan.buckets} length buckets"
     remarks.append(f"data.shards: {buckets}, {plan.epoch_micro_batches} micro-batches an epoch")
     return plan, remarks
@@ -105,7 +106,8 @@ def validation_plan(config: Config, shards: ShardSet) -> tuple[list[list[Row]], 
         assert config.data.micro_batch.samples is not None  # config.validate
         return in_order(len(shards), config.data.micro_batch.samples), []
     lengths = shards.lengths()
-    remarks = _left_out("data.valid", config, lengths, budget)
+    short, unknown = np.count_nonzero(budget.cropped(lengths) == 0), np.count_nonzero(lengths == 0)
+    remarks = _left_out("data.valid", config, short, unknown, len(lengths))
     return [[(0, index) for index in group] for group in grouped_in_order(lengths, budget)], remarks
 
 
@@ -114,13 +116,12 @@ def in_order(total: int, size: int) -> list[list[Row]]:
     return [[(0, index) for index in range(start, min(start + size, total))] for start in range(0, total, size)]
 
 
-def _left_out(key: str, config: Config, lengths: np.ndarray, budget: LengthBudget) -> list[str]:
+def _left_out(key: str, config: Config, short: int, unknown: int, total: int) -> list[str]:
     """A line about the recordings that are too short, one about those of unknown length, if any.
 
     Raises UserError when all are too short.
     """
-    short, unknown = int(np.count_nonzero(budget.cropped(lengths) == 0)), int(np.count_nonzero(lengths == 0))
-    seconds, total = config.speech.min_seconds, len(lengths)
+    seconds = config.speech.min_seconds
     if short == total:
         raise UserError(
             f"{key}: all {short} recordings are shorter than speech.min_seconds, {seconds:g}; lower it, or give others"

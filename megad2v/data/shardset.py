@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import random
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,11 +18,24 @@ import numpy.typing as npt
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from megad2v.data.format import KINDS, MODALITY_KINDS, WORKING_FOLDER, read_dataset
-from megad2v.data.index import ShardIndex, load_or_build, unknown_extensions
+from megad2v.data.index import (
+    ShardIndex,
+    Stamp,
+    build,
+    keep,
+    load_or_build,
+    stored_lengths,
+    stored_stamp,
+    unknown_extensions,
+)
 from megad2v.errors import UserError
 
+log = logging.getLogger(__name__)
+
 OPEN_FILES = 64
-"""Descriptors kept per process: several windows' worth, far below the usual limit of 1,024."""
+"""Tars, and as many indexes, that a process keeps open: several windows' worth, far below the usual limit of 1,024."""
+THREADS = 16
+"""That look at indexes when a set is opened: on a network's file system each look takes a millisecond of waiting."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +65,8 @@ class ShardSet:
         self.pattern = pattern
         self.modality = modality
         self.paths = resolve(pattern)
-        self._indexes = _load_indexes(self.paths, modality)
-        self.shard_sizes = tuple(len(index) for index in self._indexes)
+        self._stamps, self._in_memory = _look_at(self.paths, modality)
+        self.shard_sizes = tuple(stamp.samples for stamp in self._stamps)
         self._ends = np.cumsum(self.shard_sizes)
         if not len(self):
             found = ", ".join(unknown_extensions(self.paths[0])) or "nothing"
@@ -60,6 +75,7 @@ class ShardSet:
                 f"(the extension begins at the first dot of the name), found extensions: {found}"
             )
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -68,38 +84,51 @@ class ShardSet:
     def fingerprint(self) -> str:
         """Hex hash of shard names and counts, and of lengths where they decide too: differs when the order of samples
         would differ."""
-        names = "\n".join(f"{p.name} {size}" for p, size in zip(self.paths, self.shard_sizes, strict=True))
-        lengths = b"" if self.modality == "vision" else self.lengths().astype("<i8").tobytes()
-        return blake2b(names.encode() + lengths, digest_size=8).hexdigest()
+        lengths = ["" if self.modality == "vision" else f" {stamp.lengths_crc:08x}" for stamp in self._stamps]
+        names = (f"{p.name} {s.samples}{crc}" for p, s, crc in zip(self.paths, self._stamps, lengths, strict=True))
+        return blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
 
     def sample_id(self, index: int) -> str:
         """The id of sample `index` (0..len-1) without reading it."""
         shard, row = self._locate(index)
-        return f"{self.paths[shard].name}/{self._indexes[shard].key(row)}"
+        return f"{self.paths[shard].name}/{self._index(shard).key(row)}"
 
     def labels(self) -> npt.NDArray[np.int32]:
         """(len,) class ids; index.NO_LABEL or index.UNREADABLE_LABEL where there is none."""
-        return np.concatenate([index.records["label"] for index in self._indexes])
+        return np.concatenate([self._index(shard).records["label"] for shard in range(len(self.paths))])
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(len,) lengths as indexed (speech: samples at 16 kHz); 0 where the file's header does not say."""
-        return np.concatenate([index.records["length"] for index in self._indexes]).astype(np.int64)
+        """(len,) lengths as indexed (speech: samples at 16 kHz); 0 where the file's header does not say. For large sets
+        `shard_lengths` needs no memory."""
+        return np.concatenate([self.shard_lengths(shard) for shard in range(len(self.paths))]).astype(np.int64)
+
+    def shard_lengths(self, shard: int) -> npt.NDArray[np.uint32]:
+        """(shard_sizes[shard],) the lengths of one shard's samples."""
+        if shard not in self._in_memory:
+            lengths = stored_lengths(self.paths[shard], self.modality, self._stamps[shard])
+            if lengths is not None:
+                return lengths
+        return self._index(shard).lengths
 
     def read(self, index: int) -> RawSample:
         """Sample `index` (0..len-1). Raises UserError when its shard has changed, vanished or cannot be read."""
         shard, row = self._locate(index)
-        path, record = self.paths[shard], self._indexes[shard].records[row]
-        size = int(record["size"])
+        path = self.paths[shard]
         try:
-            data = os.pread(self._descriptor(shard), size, int(record["offset"]))
+            descriptor, found = self._descriptor(shard), self._index(shard)
+            record = found.records[row]
+            size = int(record["size"])
+            data = os.pread(descriptor, size, int(record["offset"]))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error}); check the disk, or copy the shard again") from error
+        sample_id = f"{path.name}/{found.key(row)}"
         if len(data) != size:
-            raise UserError(f"{path}: ended in the middle of sample {self.sample_id(index)}; copy the shard again")
-        return RawSample(self.sample_id(index), data, KINDS[record["kind"]], max(int(record["label"]), -1))
+            raise UserError(f"{path}: ended in the middle of sample {sample_id}; copy the shard again")
+        return RawSample(sample_id, data, KINDS[record["kind"]], max(int(record["label"]), -1))
 
     def close(self) -> None:
-        """Close the tars; reading opens them again."""
+        """Close tars and indexes; reading opens them again."""
+        self._indexes.clear()
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -108,8 +137,8 @@ class ShardSet:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        # File descriptors mean nothing in another process that was not forked from this one.
-        return {**self.__dict__, "_files": OrderedDict()}
+        # File descriptors mean nothing in another process that was not forked from this one, and maps would be copied.
+        return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -121,15 +150,35 @@ class ShardSet:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        path = self.paths[shard]
-        descriptor = os.open(path, os.O_RDONLY)
-        if not self._indexes[shard].fits(os.fstat(descriptor)):
+        descriptor = os.open(self.paths[shard], os.O_RDONLY)
+        if not self._stamps[shard].fits(os.fstat(descriptor)):
             os.close(descriptor)
-            raise UserError(f"{path}: has changed since this run indexed it; leave shards alone and start again")
+            raise self._changed(shard)
         self._files[shard] = descriptor
         if len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
+
+    def _index(self, shard: int) -> ShardIndex:
+        """The whole index of a shard, mapped. Raises UserError where it is not the one that was there at first."""
+        if shard in self._in_memory:
+            return self._in_memory[shard]
+        if shard in self._indexes:
+            self._indexes.move_to_end(shard)
+            return self._indexes[shard]
+        index, stamp = load_or_build(self.paths[shard], self.modality), self._stamps[shard]
+        now = index.stamp
+        if (now.samples, now.lengths_crc, now.tar_size) != (stamp.samples, stamp.lengths_crc, stamp.tar_size):
+            raise self._changed(shard)
+        self._indexes[shard] = index
+        if len(self._indexes) > OPEN_FILES:
+            self._indexes.popitem(last=False)
+        return index
+
+    def _changed(self, shard: int) -> UserError:
+        return UserError(
+            f"{self.paths[shard]}: has changed since this run indexed it; leave shards alone and start again"
+        )
 
 
 def resolve(pattern: str) -> list[Path]:
@@ -188,12 +237,23 @@ def _expand(pattern: str) -> list[Path]:
     return paths
 
 
-def _load_indexes(paths: list[Path], modality: str) -> list[ShardIndex]:
-    """Indexes in the order of `paths`, met in an order of this process's own.
+def _look_at(paths: list[Path], modality: str) -> tuple[list[Stamp], dict[int, ShardIndex]]:
+    """Stamps in the order of `paths`, and the indexes that cannot be stored anywhere. Missing indexes are built.
 
-    Ranks that start together on shards without an index then mostly build different ones and find the others' stored.
+    They are built in an order of this process's own: ranks that start together on shards without an index then mostly
+    build different ones and find the others' stored.
     """
-    order = list(range(len(paths)))
-    random.Random(os.getpid()).shuffle(order)
-    indexes = {number: load_or_build(paths[number], modality) for number in order}
-    return [indexes[number] for number in range(len(paths))]
+    with ThreadPoolExecutor(THREADS) as pool:
+        stamps = list(pool.map(lambda path: stored_stamp(path, modality), paths, chunksize=64))
+    missing = [number for number, stamp in enumerate(stamps) if stamp is None]
+    random.Random(os.getpid()).shuffle(missing)
+    in_memory: dict[int, ShardIndex] = {}
+    for number in missing:
+        stamps[number] = stored_stamp(paths[number], modality)
+        if stamps[number] is None:
+            log.info("indexing %s", paths[number])
+            index = build(paths[number], modality)
+            stamps[number] = index.stamp
+            if keep(index, paths[number], modality) is None:
+                in_memory[number] = index
+    return [stamp for stamp in stamps if stamp is not None], in_memory
