@@ -134,17 +134,20 @@ def made_index(
     """The index of these samples of the open tar with this `stat`."""
     lengths_crc = zlib.crc32(lengths.tobytes())
     crc = zlib.crc32(keys, zlib.crc32(records.tobytes(), lengths_crc))
-    seen = probe(descriptor, records["offset"])
+    seen = probe(descriptor, records)
     stamp = Stamp(crc, lengths_crc, seen, len(records), len(keys), stat.st_size, stat.st_mtime_ns)
     return ShardIndex(stamp, lengths, records, np.frombuffer(keys, dtype=np.uint8))
 
 
-def probe(descriptor: int, offsets: npt.NDArray[np.uint64]) -> int:
-    """A sum over the headers and first bytes of the first, the middle and the last sample of an open tar: one that was
-    made again or copied over need not differ in size and time."""
+def probe(descriptor: int, records: npt.NDArray[np.void]) -> int:
+    """A sum over some bytes of the first, the middle and the last sample of an open tar: one that was made again or
+    copied over need not differ in size and time. The samples' headers, and what lies in the middle of their data: files
+    of one program begin alike."""
     total = 0
-    for row in {0, len(offsets) // 2, len(offsets) - 1} if len(offsets) else ():
-        total ^= zlib.crc32(os.pread(descriptor, 2 * BLOCK, int(offsets[row]) - BLOCK), row)
+    for row in {0, len(records) // 2, len(records) - 1} if len(records) else ():
+        start, size = int(records["offset"][row]), int(records["size"][row])
+        for place in (start - BLOCK, start + size // 2):
+            total ^= zlib.crc32(os.pread(descriptor, min(BLOCK, start + size - place), place), row)
     return total
 
 
@@ -243,7 +246,7 @@ def fits_bytes(index: ShardIndex, tar: Path) -> bool:
     except OSError as error:
         raise UserError(f"{tar}: cannot be read ({error.strerror}); correct data.shards or data.valid") from error
     try:
-        return probe(descriptor, index.records["offset"]) == index.stamp.probe
+        return probe(descriptor, index.records) == index.stamp.probe
     finally:
         os.close(descriptor)
 

@@ -157,7 +157,8 @@ def test_damaged_index_is_made_again(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(index.CACHE_VARIABLE, str(tmp_path / "index"))
     tar = write_tar(tmp_path / "x.tar", members("a", 4))
     (tmp_path / "index").write_text(
         "a file where the folder should be"
