@@ -127,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--samples", type=int, default=10_000, help="of a shard")
+    parser.add_argument("--modality", nargs="+", choices=MODALITIES, default=list(MODALITIES))
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where there is room (default: the system's temporary folder)")
@@ -139,7 +140,7 @@ def main() -> None:
         return
     scratch = Path(tempfile.mkdtemp(dir=args.folder))
     try:
-        for modality in MODALITIES:
+        for modality in args.modality:
             folder = scratch / modality
             started = time.perf_counter()
             gigabytes = make(folder, modality, args.shards, args.samples)

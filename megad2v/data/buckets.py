@@ -161,6 +161,10 @@ class BucketPlan:
     def _part_of(self, lengths: Lengths) -> Callable[[int], Lengths]:
         return partial(_part, lengths, self._starts)
 
+    def epochs(self, micro_batches: int) -> dict[str, float]:
+        """As plan.Plan.epochs."""
+        return {"": micro_batches / self.epoch_micro_batches}
+
     def place(self, epoch: int, position: int) -> tuple[int, int]:
         """(bucket, number of its micro-batch in the epoch) at a position (0..epoch_micro_batches-1) of an epoch.
 

@@ -31,6 +31,10 @@ class Plan(Protocol):
         """The rows of micro-batch `number` (0, 1, ...)."""
         ...
 
+    def epochs(self, micro_batches: int) -> dict[str, float]:
+        """Epochs in the first so many micro-batches, by data set; one without a name is ""."""
+        ...
+
 
 class SamplePlan:
     """Micro-batches of equally many samples, for samples of one size.
@@ -52,6 +56,10 @@ class SamplePlan:
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             rows += [(epoch, int(index)) for index in self._order.indices(epoch, positions[epochs == epoch])]
         return rows
+
+    def epochs(self, micro_batches: int) -> dict[str, float]:
+        """As Plan.epochs."""
+        return {"": micro_batches * self._samples / self.epoch_size}
 
 
 def rank_share(micro_batches: int, rank: int, world: int) -> range:
@@ -80,8 +88,9 @@ def length_budget(config: Config) -> LengthBudget | None:
     )
 
 
-def training_plan(config: Config, shards: ShardSet) -> tuple[Plan, list[str]]:
-    """The micro-batches of a run, and what people should know of them. Raises UserError when no sample is left."""
+def training_plan(config: Config, shards: ShardSet, key: str = "data.shards") -> tuple[Plan, list[str]]:
+    """The micro-batches of a run, and what people should know of them; `key` is the configuration key that named the
+    shards. Raises UserError when no sample is left."""
     data, seed, budget = config.data, config.train.seed, length_budget(config)
     if budget is None:
         assert data.micro_batch.samples is not None  # config.validate
@@ -90,9 +99,9 @@ def training_plan(config: Config, shards: ShardSet) -> tuple[Plan, list[str]]:
     plan = BucketPlan(
         shards.shard_lengths, shards.shard_sizes, budget, ratio=data.bucket_ratio, seed=seed, window=data.window
     )
-    remarks = _left_out("data.shards", config, plan.left_out, plan.unknown, len(shards))
+    remarks = _left_out(key, config, plan.left_out, plan.unknown, len(shards))
     buckets = "1 length bucket" if plan.buckets == 1 else f"{plan.buckets} length buckets"
-    remarks.append(f"data.shards: {buckets}, {plan.epoch_micro_batches} micro-batches an epoch")
+    remarks.append(f"{key}: {buckets}, {plan.epoch_micro_batches} micro-batches an epoch")
     return plan, remarks
 
 
