@@ -37,12 +37,13 @@ VERSION = 4
 CACHE_VARIABLE = "MEGAD2V_INDEX"
 """Environment variable: the folder for indexes of tars whose own folder cannot be written."""
 
-MEASURES: dict[str, tuple[int, Callable[[bytes], int]]] = {
-    "vision": (vision.HEADER_BYTES, vision.pixel_count),
+MEASURES: dict[str, tuple[int, Callable[[bytes, int], int]]] = {
+    "vision": (vision.HEADER_BYTES, lambda head, size: vision.pixel_count(head)),
     "speech": (speech.HEADER_BYTES, speech.header_length),
     "text": (text.HEADER_BYTES, text.token_count),
 }
-"""Modality -> (how many first bytes of a file are looked at, its length from them)."""
+"""Modality -> (how many first bytes of a file are looked at, its length from them and its size). Headers that promise
+more than there can be are not believed: they would crop others, or plan blocks of nothing."""
 
 WHOLE: dict[str, Callable[[bytes], int]] = {"speech": speech.decoded_length}
 """Modality -> the length of a whole file, for those whose first bytes do not say: decoded once, as the index is built,
@@ -354,11 +355,10 @@ def _assembled(found: Contents, modality: str, descriptor: int, stat: os.stat_re
 
 def _length(modality: str, descriptor: int, offset: int, size: int) -> int:
     head, measure = MEASURES[modality]
-    length = measure(os.pread(descriptor, min(size, head), offset))
+    length = measure(os.pread(descriptor, min(size, head), offset), size)
     if length == 0 and modality in WHOLE:
         return WHOLE[modality](os.pread(descriptor, size, offset))
-    # A token takes two bytes at least: what a header says beyond that would plan blocks of nothing.
-    return 0 if modality == "text" and 2 * length > size else length
+    return length
 
 
 def unknown_extensions(tar: Path, limit: int = 5) -> list[str]:

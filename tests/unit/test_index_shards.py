@@ -306,6 +306,7 @@ def test_tool_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_absurd_lengths_in_headers(tmp_path: Path) -> None:
     """A text that declares a billion tokens would plan as many blocks of nothing."""
-    head = tokens(4).replace(b"(4,)", b"(1000000000,)")
+    head = tokens(4).replace(b"(4,), }" + b" " * 9, b"(1000000000,), }")
+    assert len(head) == len(tokens(4))
     tar = write_tar(tmp_path / "x.tar", [("0.tokens.npy", tokens(4)), ("1.tokens.npy", head)])
     assert build(tar, "text").lengths.tolist() == [4, 0]
