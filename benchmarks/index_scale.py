@@ -2,7 +2,7 @@
 
     python benchmarks/index_scale.py [--shards 10000] [--samples 10000] [--folder TMP] [--output FILE]
 
-Indexes are real and of real size, written by the package (45 bytes a sample: 4.5 GB for 100 million); the tars beside
+Indexes are real and of real size, written by the package (44 bytes a sample: 4.4 GB for 100 million); the tars beside
 them are holes of the size that the indexes state, so bytes read from them are zeros. Each modality is measured in ranks
 of their own, started together; each then forks workers that plan and read. Memory is what /proc/self/smaps_rollup
 says, less what the process had after its imports: "anonymous" is the process's own, "file" are mapped pages of indexes,

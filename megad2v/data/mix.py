@@ -3,7 +3,7 @@
 Which set a micro-batch is from, and which of its own it is, follow from the running number alone: nothing is drawn and
 nothing remembered, so the state of the data stays the step number. Sets are merged two at a time as in a Huffman tree
 (the lightest first): of a pair with weights a and b the first n hold n a / (a + b), rounded. So a set has had its share
-at any time, to half a micro-batch where two are mixed, to about one where many are.
+at any time, to half a micro-batch where two are mixed, to about one where many are (tests/unit/test_mix.py).
 """
 
 from __future__ import annotations
