@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megad2v.checkpoint.catalog import step_directory
-from megad2v.checkpoint.layout import INDEX, FileRecord, Index, Piece, file_digest
-from megad2v.config.modalities import SpeechConfig, VisionConfig
+from megad2v.checkpoint.layout import INDEX, ExtraRecord, FileRecord, Index, Piece, file_digest
+from megad2v.config.modalities import SpeechConfig, TextConfig, VisionConfig
 from megad2v.config.schema import Config, LossConfig, ModelConfig, TargetsConfig, TeacherConfig, TrainConfig
 from megad2v.modalities.build import build_student, build_teacher
 from megad2v.models.initialise import initialise_
@@ -55,6 +55,34 @@ def small_speech_config(
         targets=TargetsConfig(layers=2, tensor="ffn", layer_norm="instance", average_norm="none", padding="include"),
         loss=LossConfig(kind="mse", beta=0.0),
         teacher=TeacherConfig(scope=scope, copied=("positions",)),
+        train=TrainConfig(seed=seed),
+    )
+
+
+def small_text_config(
+    *, scope: str = "encoder", seed: int = 3, text: Mapping[str, Any] | None = None, **model: Any
+) -> Config:
+    """A text model of 21,000 parameters, with the recipe's norms, targets, loss and what the teacher copies."""
+    shape = {
+        "width": 24,
+        "depth": 3,
+        "heads": 3,
+        "mlp_ratio": 2.0,
+        "norm": "post",
+        "layer_scale": None,
+        "qkv_bias": "full",
+        "relative_bias": False,
+        "head_layers": 2,
+        "init": "bert",
+        **model,
+    }
+    return Config(
+        modality="text",
+        model=ModelConfig(**shape),
+        text=TextConfig(**{"vocabulary": 101, "max_tokens": 32, **(text or {})}),
+        targets=TargetsConfig(layers=2, tensor="ffn", layer_norm="layer", average_norm="none"),
+        loss=LossConfig(kind="smooth_l1", beta=4.0, scale="sum"),
+        teacher=TeacherConfig(scope=scope, copied=("norm",)),
         train=TrainConfig(seed=seed),
     )
 
@@ -102,7 +130,13 @@ def index_fields(config: Config, shapes: Mapping[str, Iterable[int]], step: int)
 
 
 def write_small_checkpoint(
-    run: Path, config: Config, state: Mapping[str, Mapping[str, Tensor]], *, step: int = 7, ranks: int = 3
+    run: Path,
+    config: Config,
+    state: Mapping[str, Mapping[str, Tensor]],
+    *,
+    step: int = 7,
+    ranks: int = 3,
+    extras: Mapping[str, bytes] | None = None,
 ) -> Path:
     """A checkpoint as `ranks` ranks would have left it, written by this process alone. Returns its directory."""
     directory = step_directory(run, step)
@@ -114,6 +148,12 @@ def write_small_checkpoint(
         fragments = [(piece.kind, piece.name, piece.start, piece.values.numel()) for piece in pieces]
         records.append(FileRecord(path.name, path.stat().st_size, file_digest(path), fragments))
     shapes = {name: tuple(value.shape) for name, value in state["student"].items()}
-    (directory / INDEX).write_text(Index(files=records, **index_fields(config, shapes, step)).dumps())
+    listed = []
+    for name, content in (extras or {}).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
+        listed.append(ExtraRecord(name, len(content), file_digest(directory / name)))
+    index = Index(files=records, extras=listed, **index_fields(config, shapes, step))
+    (directory / INDEX).write_text(index.dumps())
     (run / "checkpoints" / "latest").write_text(directory.name + "\n")
     return directory

@@ -25,6 +25,7 @@ AUGMENT = "tests/unit/test_augment.py"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
 INDEXING, MIX = "tests/unit/test_index_shards.py", "tests/unit/test_mix.py"
 LENGTHS, SPANS = "tests/unit/test_plan_lengths.py", "tests/unit/test_speech_masking.py"
+TEXT_MASKS, TEXT_ROWS = "tests/unit/test_text_masking.py", "tests/unit/test_text_transforms.py"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
@@ -317,6 +318,98 @@ MUTANTS = (
         "if self.padding_bt is None or not rows:",
         "if True:",
         "tests/unit/test_speech_transforms.py::test_positions_that_count",
+    ),
+    # --- rows of text
+    Mutant(
+        "text: spans start with replacement",
+        "megad2v/modalities/text/masking.py",
+        "covered = subset(tokens, count, rng)[:, None]",
+        "covered = (rng.random(count) * tokens).astype(int)[:, None]",
+        f"{TEXT_MASKS}::test_distribution_is_the_spec_s",
+    ),
+    Mutant(
+        "text: `<s>` is never chosen",
+        "megad2v/modalities/text/masking.py",
+        "    mask[covered[covered < tokens]] = True",
+        "    mask[covered[(covered < tokens) & (covered > 0)]] = True",
+        f"{TEXT_MASKS}::test_published_setting",
+    ),
+    Mutant(
+        "text: number of spans rounded down",
+        "megad2v/modalities/text/masking.py",
+        "/ span + rng.random())",
+        "/ span + 0 * rng.random())",
+        f"{TEXT_MASKS}::test_number_of_spans_is_rounded_at_random",
+    ),
+    Mutant(
+        "text: random and kept tokens exchanged",
+        "megad2v/modalities/text/masking.py",
+        "(which * (random + kept) < kept)",
+        "(which * (random + kept) >= kept)",
+        f"{TEXT_MASKS}::test_split",
+    ),
+    Mutant(
+        "text: a random token may be `<mask>`",
+        "megad2v/modalities/text/masking.py",
+        "ordinary = vocabulary - 1 - FIRST_ORDINARY",
+        "ordinary = vocabulary - FIRST_ORDINARY",
+        f"{TEXT_MASKS}::test_random_tokens_are_uniform_over_ordinary_ids",
+    ),
+    Mutant(
+        "text: masks follow the epoch in validation",
+        "megad2v/modalities/text/transforms.py",
+        'epoch if self._mode == "train" else self._mode',
+        "epoch",
+        f"{TEXT_ROWS}::test_validation_is_fixed",
+    ),
+    Mutant(
+        "text: a teacher over nothing",
+        "megad2v/modalities/text/transforms.py",
+        'text.teacher_sees == "masked_only" and chosen.any()',
+        'text.teacher_sees == "masked_only"',
+        f"{TEXT_ROWS}::test_row_of_which_nothing_was_chosen_stays_whole",
+    ),
+    Mutant(
+        "text: windows never reach the end",
+        "megad2v/modalities/text/transforms.py",
+        "(len(tokens) - room + 1)",
+        "(len(tokens) - room)",
+        f"{TEXT_ROWS}::test_windows_reach_both_ends",
+    ),
+    Mutant(
+        "text: loss where the student sees no `<mask>`, too",
+        "megad2v/modalities/text/transforms.py",
+        'if text.loss_on == "mask" else chosen',
+        "if False else chosen",
+        f"{TEXT_ROWS}::test_where_the_loss_is",
+    ),
+    Mutant(
+        "text: `<s>` not in the budget",
+        "megad2v/data/plan.py",
+        "np.where(lengths > 0, lengths + 1, 0)",
+        "np.where(lengths > 0, lengths, 0)",
+        "tests/unit/test_loader_text.py::test_length_counts_the_first_token",
+    ),
+    Mutant(
+        "text: blocks end before the last sentence that fits",
+        "megad2v/data/blocks.py",
+        'np.searchsorted(ends, limit, side="right") - 1',
+        'np.searchsorted(ends, limit, side="left") - 1',
+        "tests/unit/test_blocks.py::test_blocks_are_the_rule_s",
+    ),
+    Mutant(
+        "text: an old table of blocks is taken",
+        "megad2v/data/stored.py",
+        "if origin != now:",
+        "if False:",
+        "tests/unit/test_blocks.py::test_changed_shards_are_cut_again",
+    ),
+    Mutant(
+        "text: the vocabulary of the shards for validation is not looked at",
+        "megad2v/data/vocabulary.py",
+        'keys["data.valid"] = ',
+        "",
+        "tests/unit/test_vocabulary.py::test_other_tokenizer_for_validation",
     ),
     # --- the step
     Mutant(
@@ -655,14 +748,14 @@ MUTANTS = (
         "megad2v/modalities/text/lines.py",
         "number += skipped.size > 1",
         "number += 1",
-        "tests/unit/test_make_shards_text.py::test_parts_of_a_file_are_the_file",
+        "tests/unit/test_text_files.py::test_parts_of_a_file_are_the_file",
     ),
     Mutant(
         "a paragraph over a border belongs to both parts",
         "megad2v/modalities/text/lines.py",
         "foreign = start > 0 and not _follows_blank(path, start)",
         "foreign = False",
-        "tests/unit/test_make_shards_text.py::test_parts_of_a_file_are_the_file",
+        "tests/unit/test_text_files.py::test_parts_of_a_file_are_the_file",
     ),
     Mutant(
         "duplicates kept",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +50,23 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class ExtraRecord:
+    """A small file that belongs to the checkpoint: its path in the step directory, size in bytes, SHA-256."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+def check_extra_name(name: str) -> None:
+    """An extra lies inside the step directory, and is none of the checkpoint's own files. Raises ValueError."""
+    path = PurePosixPath(name)
+    inside = path.parts and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    if not inside or path.as_posix() != name or (len(path.parts) == 1 and name.endswith((INDEX, ".safetensors"))):
+        raise ValueError(f"{name!r} is no name for an extra file of a checkpoint")
+
+
+@dataclass(frozen=True)
 class Index:
     """The content of index.json."""
 
@@ -64,6 +81,8 @@ class Index:
     """For people: the number of ranks and the ZeRO stage that wrote it."""
     code: dict[str, str]
     """Versions and git revision."""
+    extras: list[ExtraRecord] = field(default_factory=list)
+    """Small files that belong to it (a tokenizer). Indexes from before there were any lack the field."""
 
     def dumps(self) -> str:
         """JSON text that carries its own checksum."""
@@ -89,18 +108,30 @@ class Index:
             FileRecord(f["file"], f["bytes"], f["sha256"], [tuple(fragment) for fragment in f["fragments"]])
             for f in body.pop("files")
         ]
-        return Index(files=files, **body)
+        extras = [ExtraRecord(**extra) for extra in body.pop("extras", [])]
+        return Index(files=files, extras=extras, **body)
 
     def problems(self, directory: Path, *, checksums: bool) -> Iterator[str]:
-        """What is wrong with the data files: missing, of another size, or (with `checksums`) of another content."""
-        for record in self.files:
+        """What is wrong with its files: missing, of another size, or (with `checksums`) of another content."""
+        for record in (*self.files, *self.extras):
             path = directory / record.file
-            if Path(record.file).name != record.file or not path.is_file():
+            if not _inside(record) or not path.is_file():
                 yield f"{path} is missing"
             elif path.stat().st_size != record.bytes:
                 yield f"{path} has {path.stat().st_size:,} bytes, expected {record.bytes:,} (truncated?)"
             elif checksums and file_digest(path) != record.sha256:
                 yield f"{path} does not match its checksum"
+
+
+def _inside(record: FileRecord | ExtraRecord) -> bool:
+    """Whether the file that it names lies where it may: an index from elsewhere must not name files outside."""
+    if isinstance(record, FileRecord):
+        return Path(record.file).name == record.file
+    try:
+        check_extra_name(record.file)
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(body: dict[str, Any]) -> str:

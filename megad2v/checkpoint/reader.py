@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,24 @@ class Checkpoint:
         """(name, full tensor), one at a time."""
         for name in self.names(kind):
             yield name, self.full(kind, name)
+
+    @property
+    def extras(self) -> list[str]:
+        """Names of the small files that belong to it, such as "tokenizer/vocab.json"."""
+        return [record.file for record in self.index.extras]
+
+    def extra(self, name: str) -> bytes:
+        """Content of one of `extras`. Raises UserError where there is none of that name, or its checksum differs."""
+        for record in self.index.extras:
+            if record.file == name:
+                try:
+                    content = (self.directory / name).read_bytes()
+                except OSError as error:
+                    raise UserError(f"{self.directory / name}: not readable ({error})") from None
+                if hashlib.sha256(content).hexdigest() != record.sha256:
+                    raise UserError(f"{self.directory / name} does not match its checksum; use an older checkpoint")
+                return content
+        raise UserError(f"{self.directory}: holds no {name} (but {', '.join(self.extras) or 'no extra file at all'})")
 
     def _open(self, file: str) -> safe_open:
         if file not in self._files:

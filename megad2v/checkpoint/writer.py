@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from megad2v.checkpoint.layout import INDEX, FileRecord, Index, Piece, file_digest
+from megad2v.checkpoint.layout import INDEX, ExtraRecord, FileRecord, Index, Piece, check_extra_name, file_digest
 from megad2v.engine.distributed import together
 from megad2v.files import sync_directory, write_file
 
@@ -21,18 +22,21 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; what was there before is untouched."""
 
 
-def write_checkpoint(directory: Path, pieces: Sequence[Piece], **index: Any) -> None:
+def write_checkpoint(
+    directory: Path, pieces: Sequence[Piece], *, extras: Mapping[str, bytes] | None = None, **index: Any
+) -> None:
     """Write this rank's pieces; the main rank commits `directory` once every rank's file is on disk.
 
-    `index` holds the other fields of `Index`. Collective: three rounds of one small gather to rank 0 and one
-    broadcast. An error on any rank raises CheckpointError on all, and leaves nothing half-written behind.
+    `extras`, of which the main rank's count: small files by their path in the step directory ("tokenizer/vocab.json"),
+    listed and checked as the data is. `index` holds the other fields of `Index`. Collective: three rounds of one small
+    gather to rank 0 and one broadcast. An error on any rank raises CheckpointError on all, and leaves nothing half-written behind.
     """
     aside = directory.with_name(f".writing_{directory.name}")
     main = dist.get_rank() == 0
     try:
         _on_all(lambda: _fresh(aside) if main else None)
         records = _on_all(lambda: _write_file(aside, pieces))
-        _on_all(lambda: _commit(aside, directory, Index(files=records, **index)) if main else None)
+        _on_all(lambda: _commit(aside, directory, extras or {}, files=records, **index) if main else None)
     except CheckpointError:
         if main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -62,9 +66,23 @@ def _write_file(aside: Path, pieces: Sequence[Piece]) -> FileRecord:
     return FileRecord(path.name, path.stat().st_size, file_digest(path), fragments)
 
 
-def _commit(aside: Path, directory: Path, index: Index) -> None:
+def _write_extra(aside: Path, name: str, content: bytes) -> ExtraRecord:
+    check_extra_name(name)
+    path = aside / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    for folder in path.relative_to(aside).parents:
+        sync_directory(aside / folder)
+    return ExtraRecord(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _commit(aside: Path, directory: Path, extras: Mapping[str, bytes], **index: Any) -> None:
     """The index last, then one rename. A checkpoint of the same step (a run started over) is replaced."""
-    write_file(aside / INDEX, index.dumps())
+    records = [_write_extra(aside, name, content) for name, content in extras.items()]
+    write_file(aside / INDEX, Index(extras=records, **index).dumps())
     sync_directory(aside)
     if directory.exists():
         replaced = directory.with_name(f".replaced_{directory.name}")

@@ -75,7 +75,7 @@ def certify(folder: Path, student: Student, keys: ModuleType, config: Config) ->
     layer, or the parameters that transformers did not find or did not know.
     """
     transformers = require_transformers()
-    model = _load(transformers, folder, keys.MODEL_CLASS)
+    model = _load(transformers, folder, keys)
     example = keys.example(config, torch.Generator().manual_seed(SEED))
     single = _compare(student, model, example)
     try:
@@ -112,11 +112,12 @@ def versions(*modules: ModuleType) -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def _load(transformers: ModuleType, folder: Path, expected: str) -> nn.Module:
+def _load(transformers: ModuleType, folder: Path, keys: ModuleType) -> nn.Module:
     with _quiet(transformers):
         model, info = transformers.AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    if type(model).__name__ != expected:
-        raise CertificateError(f"transformers loads a {type(model).__name__} instead of a {expected}")
+    if type(model).__name__ != keys.MODEL_CLASS:
+        raise CertificateError(f"transformers loads a {type(model).__name__} instead of a {keys.MODEL_CLASS}")
+    info["missing_keys"] = [name for name in info["missing_keys"] if not name.startswith(keys.NEW_THERE)]
     odd = {what: sorted(map(str, names)) for what, names in info.items() if names and what != "error_msgs"}
     if odd or info.get("error_msgs"):
         raise CertificateError(f"transformers does not load the weights as they are: {odd or info['error_msgs']}")

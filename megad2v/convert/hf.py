@@ -4,7 +4,8 @@ OUTPUT/
   model.safetensors          weights, float32
   config.json                what AutoModel builds
   preprocessor_config.json   what AutoImageProcessor does to an image, AutoFeatureExtractor to a waveform
-  parity.json                the certificate: differences per layer, tolerances, versions
+  tokenizer.json, tokenizer_config.json   text instead: what AutoTokenizer does
+  parity.json                the certificate: differences per layer, tolerances, versions; text: tokens compared
   README.md                  the model card
 """
 
@@ -24,7 +25,8 @@ from megad2v.checkpoint.layout import file_digest
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.convert.card import model_card
 from megad2v.convert.certificate import certify, require_transformers
-from megad2v.convert.load import Weights, checkpoint_config, load_encoder
+from megad2v.convert.load import Weights, checkpoint_config, load_encoder, load_tokenizer
+from megad2v.convert.tokens import certify_tokenizer
 from megad2v.errors import UserError
 from megad2v.modalities.build import HUGGING_FACE
 
@@ -36,14 +38,16 @@ def export(
 ) -> dict[str, Any]:
     """Write `output` and return its certificate. All of it appears at once, and only when the certificate holds.
 
-    Raises UserError when `output` is in use, transformers is missing, or the model has no counterpart there;
-    CertificateError when the loaded export computes something else; OSError when the disk refuses.
+    Raises UserError when `output` is in use, transformers is missing, or the model or its tokenizer has no counterpart
+    there; CertificateError when the loaded export computes something else; OSError when the disk refuses.
     """
     check_output(output, overwrite=overwrite)
     require_transformers()
     config = checkpoint_config(checkpoint)
     keys = HUGGING_FACE[config.modality]
     keys.check(config)
+    tokenizer = load_tokenizer(checkpoint)
+    processor = keys.processor_files(config, tokenizer)
     student = load_encoder(checkpoint, weights)
     with written_aside(output) as aside:
         state = keys.to_hugging_face(dict(student.named_parameters()), config)
@@ -52,9 +56,11 @@ def export(
         save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(aside / "config.json", aside / "model.safetensors")  # safetensors lets only its owner read it
         del state
-        _write_json(aside / "preprocessor_config.json", keys.processor_config(config))
+        for name, content in processor.items():
+            (aside / name).write_text(content, encoding="utf-8")
         parity = {
             **certify(aside, student, keys, config),
+            **({"tokenizer": certify_tokenizer(aside, tokenizer)} if tokenizer is not None else {}),
             "weights": weights,
             "step": checkpoint.index.step,
             "sha256": {"model.safetensors": file_digest(aside / "model.safetensors")},

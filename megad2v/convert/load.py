@@ -13,11 +13,15 @@ from megad2v.config.schema import Config
 from megad2v.config.tree import config_from_dict
 from megad2v.errors import UserError
 from megad2v.modalities.build import build_student
+from megad2v.modalities.text.tokenizer import ABOUT_FILE, Tokenizer
 from megad2v.models.data2vec import Student
 
 Weights = Literal["student", "teacher"]
 WEIGHTS: tuple[Weights, ...] = ("student", "teacher")
 """student: what the optimizer trained, and what the released data2vec files hold. teacher: its moving average."""
+
+TOKENIZER = "tokenizer"
+"""Folder of its files among the checkpoint's extras."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -38,6 +42,14 @@ def checkpoint_config(checkpoint: Checkpoint) -> Config:
         return config_from_dict(checkpoint.index.config)
     except UserError as error:
         raise UserError(f"{checkpoint.directory}: its configuration is of another version ({error})") from None
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer that a text checkpoint carries; None where it carries none. Raises UserError for a damaged one."""
+    if f"{TOKENIZER}/{ABOUT_FILE}" not in checkpoint.extras:
+        return None
+    where = f"{checkpoint.directory}/{TOKENIZER}"
+    return Tokenizer.of_files(lambda name: checkpoint.extra(f"{TOKENIZER}/{name}"), where)
 
 
 def load_encoder(checkpoint: Checkpoint, weights: Weights) -> Student:

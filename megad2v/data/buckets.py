@@ -102,8 +102,12 @@ class BucketPlan:
         counts_sb = np.zeros((len(shard_sizes), len(self._ends) + 1), dtype=np.int64)
         self.unknown = 0
         """Samples of unknown length."""
+        self.total = self.longer = 0
+        """Lengths of an epoch, summed as they count; samples that are longer than the longest that counts."""
         for shard in range(len(shard_sizes)):
             of_shard = self._read(shard)
+            self.total += int(budget.cropped(of_shard).sum())
+            self.longer += int(np.count_nonzero(of_shard > budget.longest))
             self.unknown += int(np.count_nonzero(of_shard == 0))
             counts_sb[shard] = np.bincount(self._bucket_of(of_shard), minlength=len(self._ends) + 1)
         self.left_out = int(counts_sb[:, -1].sum())

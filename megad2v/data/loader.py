@@ -11,20 +11,23 @@ from itertools import count
 from typing import Any
 
 from megad2v.config.schema import Config
+from megad2v.data.blocks import BlockSet
 from megad2v.data.format import read_dataset
 from megad2v.data.mix import MixedPlan, MixedSamples, whole_weights
 from megad2v.data.plan import Plan, Row, in_order, rank_share, training_plan, validation_plan
-from megad2v.data.shardset import ShardSet
+from megad2v.data.shardset import Readable, Samples, ShardSet, about_key, pattern_of
 from megad2v.data.workers import MicroBatches, Stream
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.sample import Mode, Transform
 from megad2v.modalities.speech.transforms import SpeechTransform
+from megad2v.modalities.text.transforms import TextTransform
 from megad2v.modalities.vision.transforms import VisionTransform
 
 TRANSFORMS: Mapping[str, Callable[[Config, Mode], Transform[Any]]] = {
     "vision": VisionTransform,
     "speech": SpeechTransform,
+    "text": TextTransform,
 }
 """Worker side of each modality."""
 
@@ -104,7 +107,7 @@ class FiniteBatches:
     Each pass starts its own workers and ends them, also when it is left early.
     """
 
-    def __init__(self, shards: ShardSet, transform: Transform[Any], plan: list[list[Row]], workers: int) -> None:
+    def __init__(self, shards: Samples, transform: Transform[Any], plan: list[list[Row]], workers: int) -> None:
         self.samples = sum(len(rows) for rows in plan)
         """Samples that this rank meets in one pass."""
         self.classes: tuple[str, ...] = ()
@@ -134,7 +137,7 @@ def validation_batches(config: Config, *, rank: int, world: int) -> FiniteBatche
     Raises UserError as TrainingLoader does.
     """
     _check_workers(config.data.workers)
-    shards = _open_shards(config.data.valid, "data.valid", config.modality)
+    shards = _open_shards(config.data.valid, "data.valid", config)
     plan, remarks = validation_plan(config, shards)
     plan += [[]] * (-len(plan) % world)
     batches = FiniteBatches(shards, _transform(config, "valid"), plan[rank::world], config.data.workers)
@@ -182,19 +185,19 @@ def _transform(config: Config, mode: Mode) -> Transform[Any]:
     return TRANSFORMS[config.modality](config, mode)
 
 
-def _training_samples(config: Config) -> tuple[ShardSet | MixedSamples, Plan, list[str]]:
+def _training_samples(config: Config) -> tuple[Readable, Plan, list[str]]:
     """The samples of data.shards or of data.mix, their micro-batches, and what people should know of them."""
     mix = config.data.mix
     if mix is None:
-        shards = _open_shards(config.data.shards, "data.shards", config.modality)
+        shards = _open_shards(config.data.shards, "data.shards", config)
         return shards, *training_plan(config, shards)
     weights = whole_weights({name: part.weight for name, part in mix.items()})
-    sets: dict[str, ShardSet] = {}
+    sets: dict[str, Samples] = {}
     plans: dict[str, Plan] = {}
     remarks: list[str] = []
     for name, weight in weights.items():
         key = f"data.mix.{name}.shards"
-        sets[name] = _open_shards(mix[name].shards, key, config.modality)
+        sets[name] = _open_shards(mix[name].shards, key, config)
         plans[name], own = training_plan(config, sets[name], key)
         share = weight / sum(weights.values())
         remarks += [f"data.mix: {name} is {share:.3%} of the micro-batches, {len(sets[name]):,} samples", *own]
@@ -202,23 +205,13 @@ def _training_samples(config: Config) -> tuple[ShardSet | MixedSamples, Plan, li
     return samples, MixedPlan(plans, weights, samples.starts), remarks
 
 
-def _open_shards(value: str | Mapping[str, str] | None, key: str, modality: str) -> ShardSet:
-    """The shards that configuration key `key` names; what is wrong with them is said of the key."""
-    try:
-        return ShardSet(_pattern(value, key, modality), modality)
-    except UserError as error:
-        raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}") from None
-
-
-def _pattern(value: str | Mapping[str, str] | None, key: str, modality: str) -> str:
-    """The pattern of a modality from `data.shards` or `data.valid`."""
-    if isinstance(value, Mapping):
-        if modality not in value:
-            raise UserError(f"{key}: has no entry for modality {modality}, only for {', '.join(value) or 'none'}")
-        value = value[modality]
-    if not value:
-        raise UserError(f"{key}: not set; give a path, folder, glob or brace pattern of WebDataset tars")
-    return value
+def _open_shards(value: str | Mapping[str, str] | None, key: str, config: Config) -> Samples:
+    """The rows of the shards that configuration key `key` names; what is wrong with them is said of the key."""
+    with about_key(key):
+        shards = ShardSet(pattern_of(value, key, config.modality), config.modality)
+        if config.modality == "text" and config.text.blocks == "complete_doc":
+            return BlockSet(shards, config.text.max_tokens)
+        return shards
 
 
 def _check_workers(workers: int) -> None:

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from hashlib import blake2b
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from megad2v.data.plan import Plan, Row
-from megad2v.data.shardset import RawSample
+from megad2v.data.shardset import RawSample, Readable
 
 
 class _Node(NamedTuple):
@@ -86,25 +86,10 @@ def whole_weights(weights: Mapping[str, float]) -> dict[str, int]:
     return {name: number // divisor for name, number in numbers.items()}
 
 
-class Samples(Protocol):
-    """What workers need of a ShardSet."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> RawSample: ...
-
-    def sample_id(self, index: int) -> str: ...
-
-    def close(self) -> None: ...
-
-
 class MixedSamples:
     """Several sets as one long list of samples, in the order of their names; ids are "<set>:<shard>/<key>"."""
 
-    def __init__(self, sets: Mapping[str, Samples], weights: Mapping[str, int]) -> None:
+    def __init__(self, sets: Mapping[str, Readable], weights: Mapping[str, int]) -> None:
         self._names = sorted(sets)
         self._sets = [sets[name] for name in self._names]
         self._weights = [weights[name] for name in self._names]

@@ -6,16 +6,21 @@ computes the same step, and the state is the step number.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from megad2v.config.schema import Config
-from megad2v.data.buckets import BucketPlan, LengthBudget, grouped_in_order
+from megad2v.data.buckets import BucketPlan, LengthBudget, Lengths, grouped_in_order
 from megad2v.data.order import SampleOrder
-from megad2v.data.shardset import ShardSet
+from megad2v.data.shardset import Samples
 from megad2v.errors import UserError
 from megad2v.modalities.speech.geometry import sample_count
+from megad2v.modalities.text.transforms import SHORTEST_ROW
+
+LONGEST_KEYS = {"speech": ("recordings", "speech.max_seconds"), "text": ("rows", "text.max_tokens")}
+"""What samples that differ in length are called, and the key with the longest."""
 
 Row = tuple[int, int]
 """(epoch, sample index)."""
@@ -80,6 +85,9 @@ def length_budget(config: Config) -> LengthBudget | None:
     if config.modality == "vision":
         return None
     speech, budget = config.speech, config.data.micro_batch
+    if config.modality == "text":
+        longest = config.text.max_tokens
+        return LengthBudget(SHORTEST_ROW, longest, samples=budget.samples, total=budget.tokens or 0)
     return LengthBudget(
         shortest=sample_count(speech.min_seconds),
         longest=sample_count(speech.max_seconds),
@@ -88,7 +96,7 @@ def length_budget(config: Config) -> LengthBudget | None:
     )
 
 
-def training_plan(config: Config, shards: ShardSet, key: str = "data.shards") -> tuple[Plan, list[str]]:
+def training_plan(config: Config, shards: Samples, key: str = "data.shards") -> tuple[Plan, list[str]]:
     """The micro-batches of a run, and what people should know of them; `key` is the configuration key that named the
     shards. Raises UserError when no sample is left."""
     data, seed, budget = config.data, config.train.seed, length_budget(config)
@@ -97,15 +105,22 @@ def training_plan(config: Config, shards: ShardSet, key: str = "data.shards") ->
         order = SampleOrder(shards.shard_sizes, seed=seed, window=data.window)
         return SamplePlan(order, data.micro_batch.samples), []
     plan = BucketPlan(
-        shards.shard_lengths, shards.shard_sizes, budget, ratio=data.bucket_ratio, seed=seed, window=data.window
+        partial(_shard_row_lengths, config.modality, shards),
+        shards.shard_sizes,
+        budget,
+        ratio=data.bucket_ratio,
+        seed=seed,
+        window=data.window,
     )
     remarks = _left_out(key, config, plan.left_out, plan.unknown, len(shards))
     buckets = "1 length bucket" if plan.buckets == 1 else f"{plan.buckets} length buckets"
+    if config.modality == "text":
+        remarks += _text_remarks(key, plan, len(shards))
     remarks.append(f"{key}: {buckets}, {plan.epoch_micro_batches} micro-batches an epoch")
     return plan, remarks
 
 
-def validation_plan(config: Config, shards: ShardSet) -> tuple[list[list[Row]], list[str]]:
+def validation_plan(config: Config, shards: Samples) -> tuple[list[list[Row]], list[str]]:
     """Micro-batches that hold every sample once, in order, and what people should know of them.
 
     Raises UserError when no sample is left.
@@ -114,10 +129,30 @@ def validation_plan(config: Config, shards: ShardSet) -> tuple[list[list[Row]], 
     if budget is None:
         assert config.data.micro_batch.samples is not None  # config.validate
         return in_order(len(shards), config.data.micro_batch.samples), []
-    lengths = shards.lengths()
+    lengths = row_lengths(config.modality, shards.lengths())
     short, unknown = np.count_nonzero(budget.cropped(lengths) == 0), np.count_nonzero(lengths == 0)
     remarks = _left_out("data.valid", config, short, unknown, len(lengths))
     return [[(0, index) for index in group] for group in grouped_in_order(lengths, budget)], remarks
+
+
+def row_lengths(modality: str, lengths: Lengths) -> Lengths:
+    """Lengths as the budget counts them, 0 where unknown: text has `<s>` before its tokens."""
+    return np.where(lengths > 0, lengths + 1, 0) if modality == "text" else lengths
+
+
+def _shard_row_lengths(modality: str, shards: Samples, shard: int) -> Lengths:
+    return row_lengths(modality, shards.shard_lengths(shard))
+
+
+def _text_remarks(key: str, plan: BucketPlan, rows: int) -> list[str]:
+    """What an epoch holds, and what it does not."""
+    remarks = [f"{key}: {rows:,} rows of text, {plan.total:,} tokens an epoch, `<s>` included"]
+    if plan.longer:
+        remarks.append(
+            f"{key}: {plan.longer:,} of {rows:,} documents are longer than text.max_tokens: an epoch has a "
+            "window of each, where text.blocks complete_doc has all of their tokens"
+        )
+    return remarks
 
 
 def in_order(total: int, size: int) -> list[list[Row]]:
@@ -126,21 +161,23 @@ def in_order(total: int, size: int) -> list[list[Row]]:
 
 
 def _left_out(key: str, config: Config, short: int, unknown: int, total: int) -> list[str]:
-    """A line about the recordings that are too short, one about those of unknown length, if any.
+    """A line about the samples that are too short, one about those of unknown length, if any.
 
     Raises UserError when all are too short.
     """
-    seconds = config.speech.min_seconds
-    if short == total:
-        raise UserError(
-            f"{key}: all {short} recordings are shorter than speech.min_seconds, {seconds:g}; lower it, or give others"
-        )
     remarks = []
-    if short:
+    if short:  # of speech alone: no row of text is
+        seconds = config.speech.min_seconds
+        if short == total:
+            raise UserError(
+                f"{key}: all {short} recordings are shorter than speech.min_seconds, {seconds:g}; lower it, or give "
+                "others"
+            )
         remarks.append(f"{key}: {short} of {total} recordings, shorter than {seconds:g} s, are left out")
     if unknown:
+        what, longest = LONGEST_KEYS[config.modality]
         remarks.append(
-            f"{key}: {unknown} of {total} recordings cannot be measured and count as speech.max_seconds; "
-            "tools/make_shards.py speech names what is wrong with them"
+            f"{key}: {unknown} of {total} {what} cannot be measured and count as {longest}; "
+            f"tools/make_shards.py {config.modality} names what is wrong with them"
         )
     return remarks

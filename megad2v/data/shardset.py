@@ -7,11 +7,13 @@ import logging
 import os
 import random
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,8 @@ from megad2v.errors import UserError
 
 log = logging.getLogger(__name__)
 
+Made = TypeVar("Made")
+
 OPEN_FILES = 64
 """Tars, and as many indexes, that a process keeps open: several windows' worth, far below the usual limit of 1,024."""
 THREADS = 16
@@ -49,6 +53,39 @@ class RawSample:
     """Extension of the data, one of format.KINDS."""
     label: int
     """Class id, -1 when there is none."""
+
+
+class Readable(Protocol):
+    """Samples by number, as workers read them."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex hash of what the order of samples depends on."""
+        ...
+
+    def sample_id(self, index: int) -> str: ...
+
+    def read(self, index: int) -> RawSample: ...
+
+    def close(self) -> None: ...
+
+
+class Samples(Readable, Protocol):
+    """One long list of samples: a ShardSet, or a view on one whose samples are parts of its own."""
+
+    paths: list[Path]
+    shard_sizes: tuple[int, ...]
+    """Samples of each shard."""
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(len,), 0 where unknown."""
+        ...
+
+    def shard_lengths(self, shard: int) -> npt.NDArray[np.uint32]:
+        """(shard_sizes[shard],) the same of one shard."""
+        ...
 
 
 class ShardSet:
@@ -84,18 +121,17 @@ class ShardSet:
     def fingerprint(self) -> str:
         """Hex hash of shard names and counts, and of lengths where they decide too: differs when the order of samples
         would differ."""
-        lengths = ["" if self.modality == "vision" else f" {stamp.lengths_crc:08x}" for stamp in self._stamps]
-        names = (f"{p.name} {s.samples}{crc}" for p, s, crc in zip(self.paths, self._stamps, lengths, strict=True))
-        return blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+        lengths = None if self.modality == "vision" else [stamp.lengths_crc for stamp in self._stamps]
+        return order_fingerprint(self.paths, self.shard_sizes, lengths)
 
     def sample_id(self, index: int) -> str:
         """The id of sample `index` (0..len-1) without reading it."""
         shard, row = self._locate(index)
-        return f"{self.paths[shard].name}/{self._index(shard).key(row)}"
+        return f"{self.paths[shard].name}/{self.index(shard).key(row)}"
 
     def labels(self) -> npt.NDArray[np.int32]:
         """(len,) class ids; index.NO_LABEL or index.UNREADABLE_LABEL where there is none."""
-        return np.concatenate([self._index(shard).records["label"] for shard in range(len(self.paths))])
+        return np.concatenate([self.index(shard).records["label"] for shard in range(len(self.paths))])
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(len,) lengths as indexed (speech: samples at 16 kHz); 0 where the file's header does not say. For large sets
@@ -108,23 +144,27 @@ class ShardSet:
             lengths = stored_lengths(self.paths[shard], self.modality, self._stamps[shard])
             if lengths is not None:
                 return lengths
-        return self._index(shard).lengths
+        return self.index(shard).lengths
 
     def read(self, index: int) -> RawSample:
         """Sample `index` (0..len-1). Raises UserError when its shard has changed, vanished or cannot be read."""
         shard, row = self._locate(index)
-        path = self.paths[shard]
+        self._descriptor(shard)  # says that a shard has changed before its index is read
+        found = self.index(shard)
+        record, name = found.records[row], f"{self.paths[shard].name}/{found.key(row)}"
+        data = self.read_bytes(shard, int(record["offset"]), int(record["size"]), name)
+        return RawSample(name, data, KINDS[record["kind"]], max(int(record["label"]), -1))
+
+    def read_bytes(self, shard: int, offset: int, size: int, sample_id: str) -> bytes:
+        """Bytes of the tar `paths[shard]`, which belong to that sample. Raises UserError as `read`."""
+        descriptor, path = self._descriptor(shard), self.paths[shard]
         try:
-            descriptor, found = self._descriptor(shard), self._index(shard)
-            record = found.records[row]
-            size = int(record["size"])
-            data = os.pread(descriptor, size, int(record["offset"]))
+            data = os.pread(descriptor, size, offset)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error}); check the disk, or copy the shard again") from error
-        sample_id = f"{path.name}/{found.key(row)}"
+            raise _unreadable(path, error) from error
         if len(data) != size:
             raise UserError(f"{path}: ended in the middle of sample {sample_id}; copy the shard again")
-        return RawSample(sample_id, data, KINDS[record["kind"]], max(int(record["label"]), -1))
+        return data
 
     def close(self) -> None:
         """Close tars and indexes; reading opens them again."""
@@ -141,16 +181,16 @@ class ShardSet:
         return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
 
     def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+        return locate(self._ends, index)
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        descriptor = os.open(self.paths[shard], os.O_RDONLY)
+        try:
+            descriptor = os.open(self.paths[shard], os.O_RDONLY)
+        except OSError as error:
+            raise _unreadable(self.paths[shard], error) from error
         if not self._stamps[shard].fits(os.fstat(descriptor)):
             os.close(descriptor)
             raise self._changed(shard)
@@ -159,7 +199,7 @@ class ShardSet:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
 
-    def _index(self, shard: int) -> ShardIndex:
+    def index(self, shard: int) -> ShardIndex:
         """The whole index of a shard, mapped. Raises UserError where it is not the one that was there at first."""
         if shard in self._in_memory:
             return self._in_memory[shard]
@@ -179,6 +219,26 @@ class ShardSet:
         return UserError(
             f"{self.paths[shard]}: has changed since this run indexed it; leave shards alone and start again"
         )
+
+
+def pattern_of(value: str | Mapping[str, str] | None, key: str, modality: str) -> str:
+    """The pattern of a modality from `data.shards` or `data.valid`. Raises UserError where it has none."""
+    if isinstance(value, Mapping):
+        if modality not in value:
+            raise UserError(f"{key}: has no entry for modality {modality}, only for {', '.join(value) or 'none'}")
+        value = value[modality]
+    if not value:
+        raise UserError(f"{key}: not set; give a path, folder, glob or brace pattern of WebDataset tars")
+    return value
+
+
+@contextmanager
+def about_key(key: str) -> Iterator[None]:
+    """What is wrong inside is said of configuration key `key`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}") from None
 
 
 def resolve(pattern: str) -> list[Path]:
@@ -237,23 +297,54 @@ def _expand(pattern: str) -> list[Path]:
     return paths
 
 
-def _look_at(paths: list[Path], modality: str) -> tuple[list[Stamp], dict[int, ShardIndex]]:
-    """Stamps in the order of `paths`, and the indexes that cannot be stored anywhere. Missing indexes are built.
+def locate(ends: npt.NDArray[np.int64], index: int) -> tuple[int, int]:
+    """(shard, row in it) of a sample, by the running totals of the shards' sizes. Raises IndexError."""
+    if not 0 <= index < int(ends[-1]):
+        raise IndexError(f"sample {index} of {int(ends[-1])}")
+    shard = int(np.searchsorted(ends, index, side="right"))
+    return shard, index - (int(ends[shard - 1]) if shard else 0)
 
-    They are built in an order of this process's own: ranks that start together on shards without an index then mostly
-    build different ones and find the others' stored.
+
+def order_fingerprint(paths: Sequence[Path], sizes: Sequence[int], lengths: Sequence[int] | None) -> str:
+    """Hex hash of what the order of samples depends on: names, sizes, and a sum over each shard's lengths (None: they
+    do not matter)."""
+    rows = [f"{path.name} {size}" for path, size in zip(paths, sizes, strict=True)]
+    if lengths is not None:
+        rows = [f"{row} {total:08x}" for row, total in zip(rows, lengths, strict=True)]
+    return blake2b("\n".join(rows).encode(), digest_size=8).hexdigest()
+
+
+def in_own_order(build: Callable[[int], Made], numbers: Sequence[int]) -> list[Made]:
+    """What `build` makes for each shard number, made in an order of this process's own.
+
+    Ranks that start together on shards without an index then mostly build different ones and find the others' stored.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        stamps = list(pool.map(lambda path: stored_stamp(path, modality), paths, chunksize=64))
-    missing = [number for number, stamp in enumerate(stamps) if stamp is None]
-    random.Random(os.getpid()).shuffle(missing)
+    order = list(numbers)
+    random.Random(os.getpid()).shuffle(order)
+    made = {number: build(number) for number in order}
+    return [made[number] for number in numbers]
+
+
+def _look_at(paths: list[Path], modality: str) -> tuple[list[Stamp], dict[int, ShardIndex]]:
+    """Stamps in the order of `paths`, and the indexes that cannot be stored anywhere. Missing indexes are built."""
     in_memory: dict[int, ShardIndex] = {}
-    for number in missing:
-        stamps[number] = stored_stamp(paths[number], modality)
-        if stamps[number] is None:
-            log.info("indexing %s", paths[number])
-            index = build(paths[number], modality)
-            stamps[number] = index.stamp
-            if keep(index, paths[number], modality) is None:
-                in_memory[number] = index
-    return [stamp for stamp in stamps if stamp is not None], in_memory
+
+    def built(number: int) -> Stamp:
+        stamp = stored_stamp(paths[number], modality)  # another rank may have made it by now
+        if stamp is not None:
+            return stamp
+        log.info("indexing %s", paths[number])
+        index = build(paths[number], modality)
+        if keep(index, paths[number], modality) is None:
+            in_memory[number] = index
+        return index.stamp
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda path: stored_stamp(path, modality), paths, chunksize=64))
+    missing = [number for number, stamp in enumerate(found) if stamp is None]
+    stamps = dict(zip(missing, in_own_order(built, missing), strict=True))
+    return [stamps[number] if stamp is None else stamp for number, stamp in enumerate(found)], in_memory
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error}); check the disk, or copy the shard again")

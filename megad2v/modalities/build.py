@@ -14,6 +14,7 @@ from megad2v.modalities.speech import hf_keys as speech_keys
 from megad2v.modalities.speech.front_end import SpeechFrontEnd
 from megad2v.modalities.speech.geometry import frame_count, sample_count, samples_needed
 from megad2v.modalities.speech.positions import ConvPositions
+from megad2v.modalities.text import hf_keys as text_keys
 from megad2v.modalities.text.front_end import TextFrontEnd
 from megad2v.modalities.vision import hf_keys as vision_keys
 from megad2v.modalities.vision.front_end import VisionFrontEnd
@@ -38,7 +39,7 @@ def _text(config: Config, layers: Layers | None) -> FrontEnd:
     return TextFrontEnd(config.text, config.model.width, INIT_SCHEMES[config.model.init], layers)
 
 
-HUGGING_FACE: dict[str, ModuleType] = {"vision": vision_keys, "speech": speech_keys}
+HUGGING_FACE: dict[str, ModuleType] = {"vision": vision_keys, "speech": speech_keys, "text": text_keys}
 """How each modality's model is called there: see modalities/vision/hf_keys.py for what a key map offers."""
 
 FRONT_ENDS: dict[str, Callable[[Config, Layers | None], FrontEnd]] = {

@@ -17,7 +17,7 @@ class Example(NamedTuple):
     """Random input for both sides: the first three for our front end and encoder, `arguments` for their forward."""
 
     inputs: Tensor
-    mask_bt: Tensor
+    mask_bt: Tensor | None
     padding_bt: Tensor | None
     arguments: dict[str, Tensor]
     description: str

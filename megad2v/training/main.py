@@ -20,6 +20,7 @@ from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.deepspeed_json import read_deepspeed_json, refuse_unsupported
 from megad2v.config.load import parse_command_line, to_yaml
 from megad2v.config.schema import Config, TrainConfig
+from megad2v.data.vocabulary import with_vocabulary
 from megad2v.data.workers import WorkerDied
 from megad2v.engine import distributed
 from megad2v.engine.distributed import World, broadcast_text, together
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = Path(config.train.output_dir)
         folder = output.with_name(f".check_{output.name}_hang") if command.check else output / "hang"
         watch = start_watchdog(world, folder, config.train.hang_timeout)
+        config = with_tokenizer(config)
         if command.check:
             check(config, ds, world, recipe=command.recipe, watch=watch)
         else:
@@ -116,6 +118,15 @@ def with_demo_shards(config: Config) -> Config:
         )
     valid = config.data.valid or (f"{shards}/valid" if (shards / "valid").is_dir() else None)
     return replace(config, data=replace(config.data, shards=f"{shards}/train", valid=valid))
+
+
+def with_tokenizer(config: Config) -> Config:
+    """Text: with the size of the tokenizer's vocabulary. Collective; raises UserError alike on every rank."""
+    if config.modality != "text":
+        return config
+    found: list[Config] = []
+    together(lambda: found.append(with_vocabulary(config)[0]), errors=(UserError,), raises=UserError)
+    return found[0]
 
 
 def pretrain(config: Config, ds: dict[str, Any], world: World, *, recipe: str, watch: Watchdog | None = None) -> Run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,9 @@ def save(
     *,
     world: World,
     data_fingerprint: str,
+    extras: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a checkpoint into `directory`; see `write_checkpoint`. Collective.
+    """Write a checkpoint into `directory`, with the small files `extras`; see `write_checkpoint`. Collective.
 
     Where tensor-parallel ranks' copies of a parameter have drifted apart, all get the first rank's, which is the one
     that is saved: a run that resumes goes on as this one does.
@@ -89,6 +90,7 @@ def save(
         config=asdict(config),
         layout={"ranks": world.size, "zero_stage": engine.state.stage, "tensor_parallel": config.parallel.tensor},
         code=versions(config.modality),
+        extras=extras,
     )
 
 
@@ -169,8 +171,11 @@ READ_ERRORS = (UserError, OSError, SafetensorError)
 
 SAME_STREAM = ("train.seed", "train.micro_batches_per_step", "data.micro_batch", "data.window")
 """Keys that a resumed run must share: the loader's state is a step number, whose samples these decide."""
-SAME_LENGTHS = ("data.bucket_ratio", "speech.min_seconds", "speech.max_seconds")
-"""The same for speech, whose micro-batches follow from lengths."""
+SAME_LENGTHS = {
+    "speech": ("data.bucket_ratio", "speech.min_seconds", "speech.max_seconds"),
+    "text": ("data.bucket_ratio", "text.blocks", "text.max_tokens"),
+}
+"""The same for modalities whose micro-batches follow from lengths."""
 
 
 def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
@@ -187,7 +192,7 @@ def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
             )
     now = asdict(config)
     _check_weights(checkpoint, config)
-    for key in SAME_STREAM + (SAME_LENGTHS if config.modality == "speech" else ()):
+    for key in SAME_STREAM + SAME_LENGTHS.get(config.modality, ()):
         section, leaf = key.split(".")
         then = checkpoint.index.config[section][leaf]
         if then != now[section][leaf]:

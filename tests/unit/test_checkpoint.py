@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megad2v.checkpoint import writer
 from megad2v.checkpoint.catalog import find_checkpoint, newest_valid, prune, step_directory, steps_present
-from megad2v.checkpoint.layout import FileRecord, Index, Piece, file_digest, fragment_key
+from megad2v.checkpoint.layout import ExtraRecord, FileRecord, Index, Piece, file_digest, fragment_key
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.writer import CheckpointError, write_checkpoint
 from megad2v.errors import UserError
@@ -251,6 +252,56 @@ def test_empty_pieces_and_ranks_without_any(alone: None, tmp_path: Path) -> None
     assert torch.equal(Checkpoint(directory).full("student", "a"), values)
     write_checkpoint(directory, [], **fields)
     assert Checkpoint(directory).names("student") == []
+
+
+def test_extras_are_part_of_the_checkpoint(alone: None, tmp_path: Path) -> None:
+    """A tokenizer travels with the weights: listed, checked, and damaged means invalid."""
+    directory, fields = step_directory(tmp_path, 1), index_fields(CONFIG, {"a": (3,)}, 1)
+    pieces, files = [Piece("student", "a", 0, torch.arange(3.0))], {"tokenizer/deep/vocab.json": b"{}", "note": b""}
+    write_checkpoint(directory, pieces, extras=files, **fields)
+    checkpoint = Checkpoint(directory)
+    checkpoint.verify()
+    assert checkpoint.extras == list(files)
+    assert {name: checkpoint.extra(name) for name in files} == files
+    with pytest.raises(UserError, match=r"holds no vocab\.json \(but tokenizer/deep/vocab\.json, note\)"):
+        checkpoint.extra("vocab.json")
+
+    flip(directory / "tokenizer/deep/vocab.json", 0)
+    for use in (
+        lambda: Checkpoint(directory).verify(),
+        lambda: Checkpoint(directory).extra("tokenizer/deep/vocab.json"),
+    ):
+        with pytest.raises(UserError, match=r"vocab\.json does not match its checksum"):
+            use()
+    (directory / "note").unlink()
+    with pytest.raises(UserError, match="note is missing"):
+        Checkpoint(directory)
+
+    for name in ("../a", "/a", "index.json", "rank00000.safetensors", "", "a/../b", "a//b"):
+        with pytest.raises(CheckpointError, match="no name for an extra file"):
+            write_checkpoint(step_directory(tmp_path, 2), pieces, extras={name: b"x"}, **fields)
+    assert steps_present(tmp_path) == [1]
+
+
+def test_extras_outside_the_folder_are_not_opened(tmp_path: Path) -> None:
+    directory = write(tmp_path)
+    index = Index.load(directory / "index.json")
+    assert index.extras == []
+    outside = directory.parent / "elsewhere"
+    outside.write_bytes(b"x")
+    index.extras.append(ExtraRecord("../elsewhere", 1, file_digest(outside)))
+    (directory / "index.json").write_text(index.dumps())
+    with pytest.raises(UserError, match="missing"):
+        Checkpoint(directory)
+
+
+def test_an_index_from_before_extras_is_read(tmp_path: Path) -> None:
+    directory = write(tmp_path)
+    body = json.loads((directory / "index.json").read_text())
+    del body["extras"], body["sha256"]
+    body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (directory / "index.json").write_text(json.dumps(body))
+    Checkpoint(directory).verify()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")], ids=repr)

@@ -8,6 +8,7 @@ Nothing here imports transformers: a configuration is a plain dict, weights are 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from megad2v.modalities.speech.geometry import SAMPLE_RATE, frame_count, samples
 MODEL_CLASS = "Data2VecAudioModel"
 PIPELINE = "feature-extraction"
 CARD_SECTIONS = ("speech",)
+NEW_THERE: tuple[str, ...] = ()
+"""Beginnings of parameters that AutoModel starts anew, since they belong to a task."""
 USAGE = """\
 ```python
 import soundfile
@@ -138,6 +141,11 @@ def processor_config(config: Config) -> dict[str, Any]:
         "do_normalize": config.speech.normalise,
         "return_attention_mask": True,
     }
+
+
+def processor_files(config: Config, tokenizer: object = None) -> dict[str, str]:
+    """What prepares raw input, by file name; `tokenizer` is text's."""
+    return {"preprocessor_config.json": json.dumps(processor_config(config), indent=2) + "\n"}
 
 
 def example(config: Config, generator: torch.Generator) -> Example:

@@ -18,10 +18,21 @@ LONGEST = 512
 
 
 def export_hugging_face(tokenizer: Tokenizer, folder: Path, longest: int = LONGEST) -> None:
-    """Write tokenizer.json and tokenizer_config.json; they add `<s> ... </s>` to what `encode` gives.
+    """Write `hugging_face_files` into `folder`. Raises UserError when they cannot be written, and as that does."""
+    files = hugging_face_files(tokenizer, longest)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def hugging_face_files(tokenizer: Tokenizer, longest: int = LONGEST) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json by name; they add `<s> ... </s>` to what `encode` gives.
 
     "<mask>" in a text stays text there too (`split_special_tokens`); who wants the token inserts its id.
-    Raises UserError when the files cannot be written, or for a unigram vocabulary, whose ids would differ.
+    Raises UserError for a unigram vocabulary, whose ids would differ.
     """
     theirs = hugging_face_tokenizer(tokenizer)
     bos, pad, eos, unk = SPECIALS
@@ -33,12 +44,10 @@ def export_hugging_face(tokenizer: Tokenizer, folder: Path, longest: int = LONGE
         **{f"{name}_token": piece for name, piece in (("bos", bos), ("cls", bos), ("eos", eos), ("sep", eos))},
         **{f"{name}_token": piece for name, piece in (("pad", pad), ("unk", unk), ("mask", MASK_PIECE))},
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(theirs.to_str(pretty=True), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    return {
+        "tokenizer.json": theirs.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    }
 
 
 def hugging_face_tokenizer(tokenizer: Tokenizer) -> Any:

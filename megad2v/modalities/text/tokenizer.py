@@ -9,7 +9,7 @@ The folder holds megad2v.json (kind, size, checksum), the model where the kind h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -152,13 +152,19 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
         """Read what `save` wrote. Raises UserError where it is not there, damaged, or of a newer version."""
-        path = Path(folder) / ABOUT_FILE
+        return cls.of_files(lambda name: (Path(folder) / name).read_bytes(), str(folder))
+
+    @classmethod
+    def of_files(cls, read: Callable[[str], bytes], where: str) -> Tokenizer:
+        """From `files`, of which `read` gives one by its name, from a folder or a checkpoint; `where` names that in
+        errors. Raises UserError as `load`, and what `read` raises besides OSError."""
+        place = f"{where}/{ABOUT_FILE}"
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
+            about = json.loads(read(ABOUT_FILE).decode())
             if about["format"] > FORMAT_VERSION:
-                raise UserError(f"{path}: format {about['format']}, newer than {FORMAT_VERSION}; update megad2v")
+                raise UserError(f"{place}: format {about['format']}, newer than {FORMAT_VERSION}; update megad2v")
             name = MODEL_FILES[about["kind"]]
-            model = (path.parent / name).read_bytes() if name else b""
+            model = read(name) if name else b""
             tokenizer = cls(about["kind"], int(about["vocabulary"]), model, about["name"])
             fits = tokenizer.fingerprint == about["fingerprint"]
         except FileNotFoundError as error:
@@ -166,9 +172,9 @@ class Tokenizer:
                 f"{error.filename}: no such file; a tokenizer is a folder that tools/train_tokenizer.py wrote"
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a tokenizer of megad2v ({error!r}); make it again") from error
+            raise UserError(f"{place}: not a tokenizer of megad2v ({error!r}); make it again") from error
         if not fits:
-            raise UserError(f"{path}: {name} is not the file that was written with it; copy the folder again")
+            raise UserError(f"{place}: {name} is not the file that was written with it; copy the folder again")
         return tokenizer
 
 

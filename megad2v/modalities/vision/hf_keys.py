@@ -10,6 +10,7 @@ behind the mean.) The regression head has no place there and stays behind.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ from megad2v.modalities.keys import Example
 MODEL_CLASS = "Data2VecVisionModel"
 PIPELINE = "image-feature-extraction"
 CARD_SECTIONS = ("vision", "augment")
+NEW_THERE: tuple[str, ...] = ()
+"""Beginnings of parameters that AutoModel starts anew, since they belong to a task."""
 USAGE = """\
 ```python
 from PIL import Image
@@ -138,6 +141,11 @@ def processor_config(config: Config) -> dict[str, Any]:
         "image_mean": list(config.vision.mean),
         "image_std": list(config.vision.std),
     }
+
+
+def processor_files(config: Config, tokenizer: object = None) -> dict[str, str]:
+    """What prepares raw input, by file name; `tokenizer` is text's."""
+    return {"preprocessor_config.json": json.dumps(processor_config(config), indent=2) + "\n"}
 
 
 def example(config: Config, generator: torch.Generator) -> Example:

@@ -1,0 +1,203 @@
+"""Documents as rows of whole sentences: a view on a ShardSet whose samples are blocks (fairseq's complete_doc).
+
+A block is as many whole sentences of one document, each ended by `</s>`, as fit; a sentence that is longer is cut, and
+what is left of it goes on as a sentence of its own. (fairseq makes such a sentence a block and drops it for its length,
+and drops blocks of one token; ours come once an epoch like any other token.)
+
+Which tokens are a block is worked out once for each shard, by reading it, and kept beside its index as
+`index/<tar stem>.text.blocks<max_tokens>.npy` (data/stored.py): 15 bytes a block.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megad2v.data import index, stored
+from megad2v.data.format import INDEX_FOLDER
+from megad2v.data.index import ShardIndex
+from megad2v.data.order import Int64s
+from megad2v.data.shardset import RawSample, ShardSet, in_own_order, locate, order_fingerprint
+from megad2v.data.stored import Origin
+from megad2v.errors import UserError
+from megad2v.modalities.sample import BadSample
+from megad2v.modalities.text.codecs import EOS
+from megad2v.modalities.text.decode import data_start, data_type, write_tokens
+
+VERSION = (index.VERSION << 8) + 1
+"""Raised whenever a field gets another meaning; rows are those of an index."""
+
+BLOCK = np.dtype(
+    [
+        ("row", "<u4"),  # of the document in the shard's index
+        ("start", "<u4"),  # first token in the document
+        ("length", "<u4"),  # tokens
+        ("header", "<u2"),  # bytes in the document's file before its tokens
+        ("width", "u1"),  # bytes of a token; 0: the document cannot be read, and the block is all of its file
+    ]
+)
+Blocks = npt.NDArray[np.void]
+
+CHUNK_TOKENS = 2**24
+"""Documents of about so many tokens are cut at a time."""
+
+log = logging.getLogger(__name__)
+
+
+class BlockSet:
+    """The blocks of up to `max_tokens` - 1 tokens (`<s>` comes before them) of all documents in `shards`.
+
+    Raises UserError where a shard cannot be read.
+    """
+
+    def __init__(self, shards: ShardSet, max_tokens: int) -> None:
+        self._shards = shards
+        self.paths = shards.paths
+        self._tables = in_own_order(
+            lambda shard: load_or_build(self.paths[shard], shards.index(shard), max_tokens), range(len(self.paths))
+        )
+        self.shard_sizes = tuple(len(table) for table in self._tables)
+        self._ends = np.cumsum(self.shard_sizes)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """As ShardSet's."""
+        lengths = [zlib.crc32(np.ascontiguousarray(table["length"])) for table in self._tables]
+        return order_fingerprint(self.paths, self.shard_sizes, lengths)
+
+    def lengths(self) -> Int64s:
+        """(len,) tokens; 0 for documents that cannot be read and do not say how long they are."""
+        return np.concatenate([table["length"] for table in self._tables], dtype=np.int64)
+
+    def shard_lengths(self, shard: int) -> npt.NDArray[np.uint32]:
+        """(shard_sizes[shard],) the same of one shard."""
+        return self._tables[shard]["length"]
+
+    def sample_id(self, index: int) -> str:
+        """ "<shard file name>/<key>:<first token>"."""
+        shard, number = locate(self._ends, index)
+        return self._id(shard, self._tables[shard][number])
+
+    def read(self, index: int) -> RawSample:
+        """Block `index` (0..len-1), by one read of its own bytes, as the .npy of a document. Raises UserError as
+        `ShardSet.read` does."""
+        shard, number = locate(self._ends, index)
+        block, name = self._tables[shard][number], self._id(shard, self._tables[shard][number])
+        record = self._shards.index(shard).records[block["row"]]
+        offset, size, width = int(record["offset"]), int(record["size"]), int(block["width"])
+        if width:
+            offset += int(block["header"]) + int(block["start"]) * width
+            size = int(block["length"]) * width
+        data = self._shards.read_bytes(shard, offset, size, name)
+        if width:
+            data = write_tokens(np.frombuffer(data, dtype=f"<u{width}"))
+        return RawSample(name, data, "tokens.npy", max(int(record["label"]), -1))
+
+    def close(self) -> None:
+        """Close the tars; reading opens them again."""
+        self._shards.close()
+
+    def _id(self, shard: int, block: np.void) -> str:
+        return f"{self.paths[shard].name}/{self._shards.index(shard).key(int(block['row']))}:{block['start']}"
+
+
+def blocks_path(tar: Path, max_tokens: int) -> Path:
+    """Where the blocks of a tar are kept."""
+    return tar.parent / INDEX_FOLDER / f"{tar.stem}.text.blocks{max_tokens}.npy"
+
+
+def load_or_build(tar: Path, documents: ShardIndex, max_tokens: int) -> Blocks:
+    """(blocks,) of BLOCK, by document and place: the stored ones when they fit the tar, else worked out and stored
+    where that is allowed. Raises UserError when the tar cannot be read."""
+    path = blocks_path(tar, max_tokens)
+    found = stored.load(tar, path, (BLOCK,), VERSION)
+    if found is not None:
+        return found[0][0]
+    log.info("cutting %s into blocks of %d tokens", tar, max_tokens)
+    blocks = build(tar, documents, max_tokens)
+    try:
+        stored.store(path, (blocks,), VERSION, Origin(documents.stamp.tar_size, documents.stamp.tar_mtime_ns))
+    except OSError as error:
+        log.info("blocks of %s are kept in memory: their folder cannot be written (%s)", tar, error)
+    return blocks
+
+
+def build(tar: Path, documents: ShardIndex, max_tokens: int) -> Blocks:
+    """Read all tokens of a tar and cut them. Raises UserError when it cannot be read."""
+    try:
+        with tar.open("rb") as file:
+            if not documents.stamp.fits(os.fstat(file.fileno())):
+                raise UserError(f"{tar}: has changed since this run indexed it; leave shards alone and start again")
+            cut = partial(_cut_documents, file.fileno(), documents, room=max_tokens - 1)
+            parts = [cut(rows) for rows in _chunks(documents)]
+    except OSError as error:
+        raise UserError(f"{tar}: cannot be read ({error}); check the disk, or copy the shard again") from error
+    return np.concatenate([np.zeros(0, BLOCK), *parts])
+
+
+def _chunks(documents: ShardIndex) -> Iterator[range]:
+    """Rows that follow each other, about CHUNK_TOKENS at a time."""
+    chunk = np.cumsum(documents.lengths.astype(np.int64)) // CHUNK_TOKENS
+    borders = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
+    return (range(start, stop) for start, stop in pairwise(borders))
+
+
+def _cut_documents(descriptor: int, documents: ShardIndex, rows: range, *, room: int) -> Blocks:
+    """The blocks of some documents. One that cannot be read becomes one block, which is refused when it is read."""
+    records = documents.records
+    counts = np.zeros(len(rows), dtype=np.int64)
+    headers, widths = np.zeros(len(rows), dtype=np.uint16), np.zeros(len(rows), dtype=np.uint8)
+    ends: list[Int64s] = []
+    total = 0
+    for number, row in enumerate(rows):
+        data = os.pread(descriptor, int(records["size"][row]), int(records["offset"][row]))
+        try:
+            tokens = np.frombuffer(data, dtype=data_type(data), offset=data_start(data))
+        except BadSample:
+            continue
+        counts[number], headers[number], widths[number] = len(tokens), data_start(data), tokens.itemsize
+        ends.append(np.flatnonzero(tokens == EOS) + (total + 1))
+        total += len(tokens)
+    stops = np.cumsum(counts)
+    number, start, stop = cut(stops - counts, stops, np.concatenate([np.zeros(0, np.int64), *ends]), room)
+    unread = np.flatnonzero(counts == 0)
+    blocks = np.zeros(len(number) + len(unread), dtype=BLOCK)
+    blocks["row"] = rows.start + np.concatenate([number, unread])
+    blocks["start"][: len(number)] = start - (stops - counts)[number]
+    # What an unreadable document says of its length decides what it is batched with.
+    blocks["length"] = np.concatenate([stop - start, np.minimum(documents.lengths[rows.start + unread], room)])
+    blocks["header"][: len(number)], blocks["width"][: len(number)] = headers[number], widths[number]
+    return blocks[np.lexsort((blocks["start"], blocks["row"]))]
+
+
+def cut(starts: Int64s, stops: Int64s, ends: Int64s, room: int) -> tuple[Int64s, Int64s, Int64s]:
+    """(document, first, behind the last) token of each block, for documents [starts, stops) in one line of tokens.
+
+    `ends`: behind which tokens sentences end, ascending; what follows a document's last one is a sentence too. All
+    documents are cut at once, block by block.
+    """
+    ends = np.concatenate([[0], ends])
+    document = np.flatnonzero(stops > starts)
+    at, stops = starts[document], stops[document]
+    blocks: list[tuple[Int64s, Int64s, Int64s]] = [(document[:0], at[:0], at[:0])]
+    while len(document):
+        limit = np.minimum(at + room, stops)
+        sentence = ends[np.searchsorted(ends, limit, side="right") - 1]
+        whole = (limit < stops) & (sentence > at)
+        to = np.where(whole, sentence, limit)
+        blocks.append((document, at, to))
+        more = to < stops
+        document, at, stops = document[more], to[more], stops[more]
+    first, second, third = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return first, second, third
