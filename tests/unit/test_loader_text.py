@@ -147,9 +147,10 @@ def test_fixed_number_of_rows(folder: Path) -> None:
 
 
 def test_length_counts_the_first_token(tmp_path: Path) -> None:
-    """Four rows of 64 are 256 tokens; were `<s>` not counted, rows of 63 would make it five of 64."""
-    full = write_text(tmp_path / "shards", [document([ROOM], seed) for seed in range(20)])
-    assert {batch.inputs.shape for batch in consumed(text_config(full), steps=5)} == {(4, 2, 64)}
+    """Four rows of 52 fit into 256; were `<s>` not counted, five of 51 would."""
+    full = write_text(tmp_path / "shards", [document([51], seed) for seed in range(20)])
+    batches = list(validation_batches(text_config(valid=str(full)), rank=0, world=1))
+    assert [batch.inputs.shape for batch in batches] == [(4, 2, 52)] * 5
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
