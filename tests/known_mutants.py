@@ -23,6 +23,7 @@ GUARD = "tests/distributed/test_guard.py"
 PARALLEL = "tests/distributed/test_parallel.py"
 AUGMENT = "tests/unit/test_augment.py"
 UNUSED = "tests/distributed/test_unused.py::test_unused_parameters_have_zero_gradient"
+INDEXING, MIX = "tests/unit/test_index_shards.py", "tests/unit/test_mix.py"
 LENGTHS, SPANS = "tests/unit/test_plan_lengths.py", "tests/unit/test_speech_masking.py"
 PREEMPTED = "tests/cli/test_preemption.py::test_under_the_deepspeed_launcher"
 BACKGROUND, CATALOG = "tests/unit/test_background.py", "tests/unit/test_catalog.py"
@@ -196,6 +197,69 @@ MUTANTS = (
         "if height >= grid or width >= grid:",
         "if height > grid or width > grid:",
         "tests/unit/test_masking.py::test_no_block_spans_the_grid",
+    ),
+    Mutant(
+        "an index fits a tar of the same size and time, whatever is in it",
+        "megad2v/data/index.py",
+        "return probe(descriptor, index.records) == index.stamp.probe",
+        "return True",
+        f"{INDEXING}::test_other_content_of_the_same_size_and_time_is_noticed",
+    ),
+    Mutant(
+        "hidden files are no samples, whatever webdataset says",
+        "megad2v/data/format.py",
+        '(not slash or "." in folder.rpartition("/")[2])',
+        "True",
+        f"{INDEXING}::test_keys_are_webdatasets",
+    ),
+    Mutant(
+        "links in tars are samples",
+        "megad2v/data/archive.py",
+        "elif member.isreg():",
+        "elif not member.isdir():",
+        f"{INDEXING}::test_names_are_keys_and_no_paths",
+    ),
+    Mutant(
+        "a text is as long as its header says",
+        "megad2v/modalities/text/decode.py",
+        "return 0 if size is not None and count",
+        "return 0 if False and count",
+        f"{INDEXING}::test_absurd_lengths_in_headers",
+    ),
+    Mutant(
+        "a WAV is as long as its header says",
+        "megad2v/modalities/speech/decode.py",
+        "or (file_size is not None and start + size > file_size):",
+        "or False:",
+        "tests/unit/test_bad_samples.py::test_recordings",
+    ),
+    Mutant(
+        "a bucket's rows are looked up from the shard's first",
+        "megad2v/data/buckets.py",
+        "rows[borders[bucket.number] + place",
+        "rows[place",
+        f"{LENGTHS}::test_budget_and_bucket_hold",
+    ),
+    Mutant(
+        "the second of a mixed pair passes over micro-batches",
+        "megad2v/data/mix.py",
+        "node, number = node.second, number - before",
+        "node, number = node.second, number",
+        f"{MIX}::test_each_set_has_its_share_at_any_time",
+    ),
+    Mutant(
+        "a set's epochs go by the micro-batches of all",
+        "megad2v/data/mix.py",
+        "self._plans[which].numbered(own)",
+        "self._plans[which].numbered(number)",
+        f"{MIX}::test_each_set_has_its_own_epochs",
+    ),
+    Mutant(
+        "resuming takes any weights",
+        "megad2v/training/state.py",
+        "    if then != now:",
+        "    if False:",
+        f"{MIX}::test_resume_refuses_other_weights",
     ),
     Mutant(
         "buckets meet a window's samples in step",

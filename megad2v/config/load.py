@@ -200,6 +200,9 @@ _TYPE = re.compile(r"<class '([\w.]+)'>")
 def _one_line(message: str) -> str:
     text = _TYPE.sub(r"\1", " ".join(message.split()))
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
+    wrong_mix = re.match(r"(data\.mix: ).*?Errors: - (.*?) - Expected a NoneType", text)
+    if wrong_mix is not None:
+        return f"{wrong_mix[1]}expected NAME: {{shards: PATTERN, weight: NUMBER}} ({wrong_mix[2]})"
     with contextlib.suppress(ValueError):
         text = text[: text.index(" Traceback")]
     return text

@@ -193,11 +193,25 @@ class MicroBatchConfig:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """One data set of a mix."""
+
+    shards: str | dict[str, str]
+    """As data.shards."""
+    weight: float = 1.0
+    """Micro-batches of this set over those of the others. Only ratios count, and no set's size does: a small one with a
+    large weight goes through more epochs."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where samples come from and how they are batched."""
 
     shards: str | dict[str, str] | None = None
     """Training shards: a path, folder, glob or brace pattern of WebDataset tars, or a map modality: pattern."""
+    mix: dict[str, MixConfig] | None = None
+    """Instead of data.shards, several data sets by weight: NAME: {shards: PATTERN, weight: NUMBER}. Every micro-batch
+    is of one set, and each set has its own epochs (docs/data.md)."""
     valid: str | dict[str, str] | None = None
     """Held-out shards for validation, same forms; null: no validation."""
     micro_batch: MicroBatchConfig = field(default_factory=lambda: MicroBatchConfig(samples=16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from megad2v.config.schema import Config
@@ -263,8 +264,27 @@ def _data(config: Config) -> list[str]:
         )
     if data.bucket_ratio <= 1:
         problems.append(f"data.bucket_ratio: longest over shortest of a bucket, more than 1, got {data.bucket_ratio}")
+    problems += _mix(config)
     lengths = {"speech": _speech_lengths, "text": _text_lengths}.get(config.modality)
     return problems + (lengths(config) if lengths else [])
+
+
+def _mix(config: Config) -> list[str]:
+    data, problems = config.data, []
+    if data.mix is None:
+        return []
+    if data.shards is not None:
+        problems.append("data.shards and data.mix both say what to train on: give one, the other null")
+    if not data.mix:
+        problems.append("data.mix: names no data set; give NAME: {shards: PATTERN, weight: NUMBER}, or null")
+    for name, part in data.mix.items():
+        if not re.fullmatch(r"[\w.-]+", name):
+            problems.append(f"data.mix: a name is made of letters, digits, dots, dashes and underscores, got {name!r}")
+        if not (math.isfinite(part.weight) and part.weight > 0):
+            problems.append(
+                f"data.mix.{name}.weight: expected a number above 0, got {part.weight}; or leave the set out"
+            )
+    return problems
 
 
 def _text_lengths(config: Config) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -25,6 +26,7 @@ from megad2v.data.format import INDEX_FOLDER
 from megad2v.data.index import ShardIndex
 from megad2v.data.order import Int64s
 from megad2v.data.shardset import RawSample, ShardSet, in_own_order, locate, order_fingerprint
+from megad2v.data.stored import Origin
 from megad2v.errors import UserError
 from megad2v.modalities.sample import BadSample
 from megad2v.modalities.text.codecs import EOS
@@ -59,8 +61,9 @@ class BlockSet:
     def __init__(self, shards: ShardSet, max_tokens: int) -> None:
         self._shards = shards
         self.paths = shards.paths
-        indexes = dict(zip(shards.paths, shards.indexes, strict=True))
-        self._tables = in_own_order(lambda path: load_or_build(path, indexes[path], max_tokens), self.paths)
+        self._tables = in_own_order(
+            lambda shard: load_or_build(self.paths[shard], shards.index(shard), max_tokens), range(len(self.paths))
+        )
         self.shard_sizes = tuple(len(table) for table in self._tables)
         self._ends = np.cumsum(self.shard_sizes)
 
@@ -70,11 +73,16 @@ class BlockSet:
     @property
     def fingerprint(self) -> str:
         """As ShardSet's."""
-        return order_fingerprint(self.paths, self.shard_sizes, self.lengths())
+        lengths = [zlib.crc32(np.ascontiguousarray(table["length"])) for table in self._tables]
+        return order_fingerprint(self.paths, self.shard_sizes, lengths)
 
     def lengths(self) -> Int64s:
         """(len,) tokens; 0 for documents that cannot be read and do not say how long they are."""
         return np.concatenate([table["length"] for table in self._tables], dtype=np.int64)
+
+    def shard_lengths(self, shard: int) -> npt.NDArray[np.uint32]:
+        """(shard_sizes[shard],) the same of one shard."""
+        return self._tables[shard]["length"]
 
     def sample_id(self, index: int) -> str:
         """ "<shard file name>/<key>:<first token>"."""
@@ -86,7 +94,7 @@ class BlockSet:
         `ShardSet.read` does."""
         shard, number = locate(self._ends, index)
         block, name = self._tables[shard][number], self._id(shard, self._tables[shard][number])
-        record = self._shards.indexes[shard].records[block["row"]]
+        record = self._shards.index(shard).records[block["row"]]
         offset, size, width = int(record["offset"]), int(record["size"]), int(block["width"])
         if width:
             offset += int(block["header"]) + int(block["start"]) * width
@@ -101,7 +109,7 @@ class BlockSet:
         self._shards.close()
 
     def _id(self, shard: int, block: np.void) -> str:
-        return f"{self.paths[shard].name}/{self._shards.indexes[shard].key(int(block['row']))}:{block['start']}"
+        return f"{self.paths[shard].name}/{self._shards.index(shard).key(int(block['row']))}:{block['start']}"
 
 
 def blocks_path(tar: Path, max_tokens: int) -> Path:
@@ -119,7 +127,7 @@ def load_or_build(tar: Path, documents: ShardIndex, max_tokens: int) -> Blocks:
     log.info("cutting %s into blocks of %d tokens", tar, max_tokens)
     blocks = build(tar, documents, max_tokens)
     try:
-        stored.store(path, (blocks,), VERSION, documents.origin)
+        stored.store(path, (blocks,), VERSION, Origin(documents.stamp.tar_size, documents.stamp.tar_mtime_ns))
     except OSError as error:
         log.info("blocks of %s are kept in memory: their folder cannot be written (%s)", tar, error)
     return blocks
@@ -129,7 +137,7 @@ def build(tar: Path, documents: ShardIndex, max_tokens: int) -> Blocks:
     """Read all tokens of a tar and cut them. Raises UserError when it cannot be read."""
     try:
         with tar.open("rb") as file:
-            if not documents.fits(os.fstat(file.fileno())):
+            if not documents.stamp.fits(os.fstat(file.fileno())):
                 raise UserError(f"{tar}: has changed since this run indexed it; leave shards alone and start again")
             cut = partial(_cut_documents, file.fileno(), documents, room=max_tokens - 1)
             parts = [cut(rows) for rows in _chunks(documents)]
@@ -140,7 +148,7 @@ def build(tar: Path, documents: ShardIndex, max_tokens: int) -> Blocks:
 
 def _chunks(documents: ShardIndex) -> Iterator[range]:
     """Rows that follow each other, about CHUNK_TOKENS at a time."""
-    chunk = np.cumsum(documents.records["length"].astype(np.int64)) // CHUNK_TOKENS
+    chunk = np.cumsum(documents.lengths.astype(np.int64)) // CHUNK_TOKENS
     borders = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
     return (range(start, stop) for start, stop in pairwise(borders))
 
@@ -168,7 +176,7 @@ def _cut_documents(descriptor: int, documents: ShardIndex, rows: range, *, room:
     blocks["row"] = rows.start + np.concatenate([number, unread])
     blocks["start"][: len(number)] = start - (stops - counts)[number]
     # What an unreadable document says of its length decides what it is batched with.
-    blocks["length"] = np.concatenate([stop - start, np.minimum(records["length"][rows.start + unread], room)])
+    blocks["length"] = np.concatenate([stop - start, np.minimum(documents.lengths[rows.start + unread], room)])
     blocks["header"][: len(number)], blocks["width"][: len(number)] = headers[number], widths[number]
     return blocks[np.lexsort((blocks["start"], blocks["row"]))]
 

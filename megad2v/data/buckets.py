@@ -4,6 +4,9 @@ Samples lie in length buckets. A bucket has its own order (order.py) and a fixed
 an epoch are numbered; the epoch is all buckets' micro-batches, merged so that each bucket is spread evenly over it.
 Whatever the position in the epoch, bucket and number follow from a few dozen sums over the buckets: nothing is listed,
 and the state of the data stays the step number. A micro-batch never mixes epochs, and an epoch has every sample once.
+
+A plan keeps how many samples of a shard lie in each bucket, and which ones for the few shards that it met last: what it
+takes does not grow with the samples.
 """
 
 from __future__ import annotations
@@ -11,16 +14,22 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from megad2v.data.order import Int64s, SampleOrder, digest
+
+Lengths = npt.NDArray[np.uint32] | Int64s
 
 UNIT = 2**32
 """An epoch in the units in which buckets are merged; more than any bucket has micro-batches."""
 CACHED = 8
+CACHED_SHARDS = 64
+"""Whose sorted samples are kept: several windows."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,9 @@ class LengthBudget:
         """Rows of a micro-batch whose longest sample has this length; one at least."""
         return self.samples if self.samples is not None else max(1, self.total // length)
 
-    def cropped(self, lengths: Int64s) -> Int64s:
+    def cropped(self, lengths: Lengths) -> Int64s:
         """The lengths that count, 0 for samples that are left out."""
-        known = np.where(lengths == 0, self.longest, np.minimum(lengths, self.longest))
+        known = np.where(lengths == 0, self.longest, np.minimum(lengths, self.longest)).astype(np.int64)
         return np.where(known < self.shortest, 0, known)
 
 
@@ -56,8 +65,10 @@ def bucket_ends(shortest: int, longest: int, ratio: float) -> Int64s:
 
 @dataclass(frozen=True)
 class _Bucket:
-    members: Int64s
-    """Sample indices, ascending."""
+    number: int
+    """Among all, also those without samples."""
+    starts: Int64s
+    """(shards + 1,) how many samples of the bucket lie in earlier shards."""
     order: SampleOrder
     micro_batches: int
     """Of an epoch."""
@@ -68,7 +79,7 @@ class BucketPlan:
 
     def __init__(
         self,
-        lengths: Int64s,
+        lengths: Lengths | Callable[[int], Lengths],
         shard_sizes: Sequence[int],
         budget: LengthBudget,
         *,
@@ -76,22 +87,41 @@ class BucketPlan:
         seed: int,
         window: int,
     ) -> None:
-        """`lengths` of all samples in the order of the shards; those that are left out are none of the plan's."""
+        """`lengths` of all samples in the order of the shards, or a function that reads those of one shard; samples
+        that are left out are none of the plan's."""
         self._seed = seed
-        cropped = budget.cropped(lengths)
-        ends = bucket_ends(budget.shortest, budget.longest, ratio)
-        borders = np.cumsum(shard_sizes)
-        bucket_of = np.where(cropped > 0, np.searchsorted(ends, cropped), -1)
+        self._longest = budget.longest
+        self._ends = bucket_ends(budget.shortest, budget.longest, ratio)
+        # A table: bisecting a hundred million lengths takes ten times as long.
+        cropped = budget.cropped(np.arange(budget.longest + 1))
+        numbers = np.where(cropped > 0, np.searchsorted(self._ends, cropped), len(self._ends))
+        self._bucket_at = numbers.astype(np.min_scalar_type(len(self._ends)))
+        self._starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
+        self._read = lengths if callable(lengths) else self._part_of(lengths)
+        self._sorted: OrderedDict[int, tuple[Int64s, npt.NDArray[np.uint32]]] = OrderedDict()
+        counts_sb = np.zeros((len(shard_sizes), len(self._ends) + 1), dtype=np.int64)
+        self.unknown = 0
+        """Samples of unknown length."""
+        self.total = self.longer = 0
+        """Lengths of an epoch, summed as they count; samples that are longer than the longest that counts."""
+        for shard in range(len(shard_sizes)):
+            of_shard = self._read(shard)
+            self.total += int(budget.cropped(of_shard).sum())
+            self.longer += int(np.count_nonzero(of_shard > budget.longest))
+            self.unknown += int(np.count_nonzero(of_shard == 0))
+            counts_sb[shard] = np.bincount(self._bucket_of(of_shard), minlength=len(self._ends) + 1)
+        self.left_out = int(counts_sb[:, -1].sum())
+        """Samples that are too short."""
         self._buckets: list[_Bucket] = []
-        for number, end in enumerate(ends.tolist()):
-            members = np.flatnonzero(bucket_of == number)
-            if not len(members):
-                continue
-            sizes = np.diff(np.searchsorted(members, borders), prepend=0)
-            order = SampleOrder(sizes, seed=seed, window=window, salt=("bucket", number))
-            self._buckets.append(_Bucket(members, order, -(-len(members) // budget.rows(end))))
+        for number, end in enumerate(self._ends.tolist()):
+            sizes = counts_sb[:, number]
+            total = int(sizes.sum())
+            if total:
+                starts = np.concatenate([[0], np.cumsum(sizes)])
+                order = SampleOrder(sizes, seed=seed, window=window, salt=("bucket", number))
+                self._buckets.append(_Bucket(number, starts, order, -(-total // budget.rows(end))))
         self._counts = np.array([bucket.micro_batches for bucket in self._buckets], dtype=np.int64)
-        self.epoch_size = sum(len(bucket.members) for bucket in self._buckets)
+        self.epoch_size = sum(bucket.order.size for bucket in self._buckets)
         """Samples of an epoch."""
         self.epoch_micro_batches = int(self._counts.sum())
         self.buckets = len(self._buckets)
@@ -104,9 +134,40 @@ class BucketPlan:
         which, j = self.place(epoch, position)
         bucket = self._buckets[which]
         # Shared out evenly: a bucket's micro-batches differ by one row at most, so none is left with a single one.
-        size, parts = len(bucket.members), bucket.micro_batches
+        size, parts = bucket.order.size, bucket.micro_batches
         positions = np.arange(j * size // parts, (j + 1) * size // parts, dtype=np.int64)
-        return [(epoch, int(index)) for index in bucket.members[bucket.order.indices(epoch, positions)]]
+        return [(epoch, self._member(bucket, place)) for place in bucket.order.indices(epoch, positions).tolist()]
+
+    def _member(self, bucket: _Bucket, place: int) -> int:
+        """Sample index of a bucket's member number `place`, ascending."""
+        shard = int(np.searchsorted(bucket.starts, place, side="right")) - 1
+        borders, rows = self._sorted_rows(shard)
+        row = rows[borders[bucket.number] + place - int(bucket.starts[shard])]
+        return int(self._starts[shard]) + int(row)
+
+    def _sorted_rows(self, shard: int) -> tuple[Int64s, npt.NDArray[np.uint32]]:
+        """(where each bucket begins, the shard's rows by bucket and ascending within)."""
+        if shard in self._sorted:
+            self._sorted.move_to_end(shard)
+            return self._sorted[shard]
+        bucket_of = self._bucket_of(self._read(shard))
+        rows = np.argsort(bucket_of, kind="stable")
+        borders = np.searchsorted(bucket_of[rows], np.arange(len(self._ends) + 1))
+        self._sorted[shard] = borders, rows.astype(np.uint32)
+        if len(self._sorted) > CACHED_SHARDS:
+            self._sorted.popitem(last=False)
+        return self._sorted[shard]
+
+    def _bucket_of(self, lengths: Lengths) -> npt.NDArray[np.unsignedinteger]:
+        """Number of each sample's bucket; one beyond the last for those that are left out."""
+        return self._bucket_at[np.minimum(lengths, self._longest)]
+
+    def _part_of(self, lengths: Lengths) -> Callable[[int], Lengths]:
+        return partial(_part, lengths, self._starts)
+
+    def epochs(self, micro_batches: int) -> dict[str, float]:
+        """As plan.Plan.epochs."""
+        return {"": micro_batches / self.epoch_micro_batches}
 
     def place(self, epoch: int, position: int) -> tuple[int, int]:
         """(bucket, number of its micro-batch in the epoch) at a position (0..epoch_micro_batches-1) of an epoch.
@@ -135,6 +196,10 @@ class BucketPlan:
             if len(self._phases) > CACHED:
                 self._phases.popitem(last=False)
         return self._phases[epoch]
+
+
+def _part(lengths: Lengths, starts: Int64s, shard: int) -> Lengths:
+    return lengths[starts[shard] : starts[shard + 1]]
 
 
 def grouped_in_order(lengths: Int64s, budget: LengthBudget) -> list[list[int]]:

@@ -41,12 +41,12 @@ MODALITY_KINDS: dict[str, tuple[str, ...]] = {
 def split_key(path: str) -> tuple[str, str] | None:
     """(key, lower-case extension) of a tar member's path by webdataset's rule, or None when it belongs to no sample.
 
-    The extension begins at the FIRST dot of the last path part. Hidden files (`.x`, `._x.jpg`), files without a dot
-    and webdataset's `__meta__` entries belong to no sample.
+    The extension begins at the FIRST dot of the last path part. Files without a dot, hidden ones (`.x`) and
+    webdataset's `__meta__` entries belong to no sample; but `a/.x` has the key `a/`, where `a` has no dot.
     """
     folder, slash, name = path.rpartition("/")
     stem, dot, extension = name.partition(".")
-    if not stem or not dot:
+    if not dot or (not stem and (not slash or "." in folder.rpartition("/")[2])):
         return None
     first_part = path.split("/", 1)[0]
     if len(first_part) >= 4 and first_part.startswith("__") and first_part.endswith("__"):

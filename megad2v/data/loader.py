@@ -16,8 +16,9 @@ import numpy.typing as npt
 from megad2v.config.schema import Config
 from megad2v.data.blocks import BlockSet
 from megad2v.data.format import read_dataset
-from megad2v.data.plan import Row, in_order, rank_share, shuffled, training_plan, validation_plan
-from megad2v.data.shardset import Samples, ShardSet, about_key, pattern_of
+from megad2v.data.mix import MixedPlan, MixedSamples, whole_weights
+from megad2v.data.plan import Plan, Row, in_order, rank_share, shuffled, training_plan, validation_plan
+from megad2v.data.shardset import Readable, Samples, ShardSet, about_key, pattern_of
 from megad2v.data.workers import MicroBatches, Stream
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
@@ -50,10 +51,10 @@ class TrainingLoader:
         _check_workers(data.workers)
         self._micro_batches = train.micro_batches_per_step
         self._share = rank_share(self._micro_batches, rank, world)
-        self._shards = _open_shards(data.shards, "data.shards", config)
-        plan, self.remarks = training_plan(config, self._shards)
+        self._shards, plan, self.remarks = _training_samples(config)
         """Lines that people should know of: what was left out, how it is batched."""
         self.epoch_size = plan.epoch_size
+        self._epochs = plan.epochs
         self.fingerprint = self._shards.fingerprint
         """Hash of what the order depends on; a resumed run with another one sees another order."""
         self._start_step = start_step
@@ -71,6 +72,10 @@ class TrainingLoader:
                 yield [next(stream) for _ in self._share]
         finally:
             stream.close()
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """Epochs of each data set of data.mix in the first so many steps; without a mix the one set's name is ""."""
+        return self._epochs(steps * self._micro_batches)
 
     def close(self) -> None:
         """End the workers and close the shards. Iterating again is allowed."""
@@ -191,6 +196,26 @@ def _class_names(shards: ShardSet, largest: int) -> tuple[str, ...]:
 
 def _transform(config: Config, mode: Mode) -> Transform[Any]:
     return TRANSFORMS[config.modality](config, mode)
+
+
+def _training_samples(config: Config) -> tuple[Readable, Plan, list[str]]:
+    """The samples of data.shards or of data.mix, their micro-batches, and what people should know of them."""
+    mix = config.data.mix
+    if mix is None:
+        shards = _open_shards(config.data.shards, "data.shards", config)
+        return shards, *training_plan(config, shards)
+    weights = whole_weights({name: part.weight for name, part in mix.items()})
+    sets: dict[str, Samples] = {}
+    plans: dict[str, Plan] = {}
+    remarks: list[str] = []
+    for name, weight in weights.items():
+        key = f"data.mix.{name}.shards"
+        sets[name] = _open_shards(mix[name].shards, key, config)
+        plans[name], own = training_plan(config, sets[name], key)
+        share = weight / sum(weights.values())
+        remarks += [f"data.mix: {name} is {share:.3%} of the micro-batches, {len(sets[name]):,} samples", *own]
+    samples = MixedSamples(sets, weights)
+    return samples, MixedPlan(plans, weights, samples.starts), remarks
 
 
 def _open_shards(value: str | Mapping[str, str] | None, key: str, config: Config) -> Samples:

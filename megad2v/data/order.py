@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -28,6 +29,15 @@ CACHED = 8
 def digest(*parts: object) -> bytes:
     """32 bytes that depend on every part and on nothing else."""
     return blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=32).digest()
+
+
+@lru_cache(maxsize=CACHED)
+def shard_sequence(seed: int, epoch: int, count: int) -> Int64s:
+    """Numbers 0..count-1 of shards in the order in which an epoch meets them; kept, as length buckets share it."""
+    keys = [digest(seed, epoch, "shard", number) for number in range(count)]
+    sequence = np.array(sorted(range(count), key=keys.__getitem__), dtype=np.int64)
+    sequence.flags.writeable = False
+    return sequence
 
 
 class KeyedPermutation:
@@ -109,8 +119,7 @@ class SampleOrder:
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
-            keys = [digest(self._seed, epoch, "shard", number) for number in range(len(self._sizes))]
-            shards = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+            shards = shard_sequence(self._seed, epoch, len(self._sizes))
             ends = np.concatenate([[0], np.cumsum(self._sizes[shards])])
             borders = np.append(ends[: -1 : self._window], ends[-1])
             self._epochs[epoch] = _Epoch(shards, ends, borders)

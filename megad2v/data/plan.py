@@ -6,13 +6,14 @@ computes the same step, and the state is the step number.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from megad2v.config.schema import Config
-from megad2v.data.buckets import BucketPlan, LengthBudget, grouped_in_order
-from megad2v.data.order import Int64s, KeyedPermutation, SampleOrder
+from megad2v.data.buckets import BucketPlan, LengthBudget, Lengths, grouped_in_order
+from megad2v.data.order import KeyedPermutation, SampleOrder
 from megad2v.data.shardset import Samples
 from megad2v.errors import UserError
 from megad2v.modalities.speech.geometry import sample_count
@@ -33,6 +34,10 @@ class Plan(Protocol):
 
     def numbered(self, number: int) -> list[Row]:
         """The rows of micro-batch `number` (0, 1, ...)."""
+        ...
+
+    def epochs(self, micro_batches: int) -> dict[str, float]:
+        """Epochs in the first so many micro-batches, by data set; one without a name is ""."""
         ...
 
 
@@ -56,6 +61,10 @@ class SamplePlan:
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             rows += [(epoch, int(index)) for index in self._order.indices(epoch, positions[epochs == epoch])]
         return rows
+
+    def epochs(self, micro_batches: int) -> dict[str, float]:
+        """As Plan.epochs."""
+        return {"": micro_batches * self._samples / self.epoch_size}
 
 
 def rank_share(micro_batches: int, rank: int, world: int) -> range:
@@ -87,20 +96,27 @@ def length_budget(config: Config) -> LengthBudget | None:
     )
 
 
-def training_plan(config: Config, shards: Samples) -> tuple[Plan, list[str]]:
-    """The micro-batches of a run, and what people should know of them. Raises UserError when no sample is left."""
+def training_plan(config: Config, shards: Samples, key: str = "data.shards") -> tuple[Plan, list[str]]:
+    """The micro-batches of a run, and what people should know of them; `key` is the configuration key that named the
+    shards. Raises UserError when no sample is left."""
     data, seed, budget = config.data, config.train.seed, length_budget(config)
     if budget is None:
         assert data.micro_batch.samples is not None  # config.validate
         order = SampleOrder(shards.shard_sizes, seed=seed, window=data.window)
         return SamplePlan(order, data.micro_batch.samples), []
-    lengths = row_lengths(config, shards)
-    plan = BucketPlan(lengths, shards.shard_sizes, budget, ratio=data.bucket_ratio, seed=seed, window=data.window)
-    remarks = _left_out("data.shards", config, lengths, budget)
+    plan = BucketPlan(
+        partial(_shard_row_lengths, config.modality, shards),
+        shards.shard_sizes,
+        budget,
+        ratio=data.bucket_ratio,
+        seed=seed,
+        window=data.window,
+    )
+    remarks = _left_out(key, config, plan.left_out, plan.unknown, len(shards))
     buckets = "1 length bucket" if plan.buckets == 1 else f"{plan.buckets} length buckets"
     if config.modality == "text":
-        remarks += _text_remarks(config, lengths, budget)
-    remarks.append(f"data.shards: {buckets}, {plan.epoch_micro_batches} micro-batches an epoch")
+        remarks += _text_remarks(key, plan, len(shards))
+    remarks.append(f"{key}: {buckets}, {plan.epoch_micro_batches} micro-batches an epoch")
     return plan, remarks
 
 
@@ -113,24 +129,27 @@ def validation_plan(config: Config, shards: Samples) -> tuple[list[list[Row]], l
     if budget is None:
         assert config.data.micro_batch.samples is not None  # config.validate
         return in_order(len(shards), config.data.micro_batch.samples), []
-    lengths = row_lengths(config, shards)
-    remarks = _left_out("data.valid", config, lengths, budget)
+    lengths = row_lengths(config.modality, shards.lengths())
+    short, unknown = np.count_nonzero(budget.cropped(lengths) == 0), np.count_nonzero(lengths == 0)
+    remarks = _left_out("data.valid", config, short, unknown, len(lengths))
     return [[(0, index) for index in group] for group in grouped_in_order(lengths, budget)], remarks
 
 
-def row_lengths(config: Config, shards: Samples) -> Int64s:
-    """(samples,) lengths as the budget counts them, 0 where unknown: text has `<s>` before its tokens."""
-    lengths = shards.lengths()
-    return np.where(lengths > 0, lengths + 1, 0) if config.modality == "text" else lengths
+def row_lengths(modality: str, lengths: Lengths) -> Lengths:
+    """Lengths as the budget counts them, 0 where unknown: text has `<s>` before its tokens."""
+    return np.where(lengths > 0, lengths + 1, 0) if modality == "text" else lengths
 
 
-def _text_remarks(config: Config, lengths: Int64s, budget: LengthBudget) -> list[str]:
+def _shard_row_lengths(modality: str, shards: Samples, shard: int) -> Lengths:
+    return row_lengths(modality, shards.shard_lengths(shard))
+
+
+def _text_remarks(key: str, plan: BucketPlan, rows: int) -> list[str]:
     """What an epoch holds, and what it does not."""
-    tokens, longer = int(budget.cropped(lengths).sum()), int(np.count_nonzero(lengths > budget.longest))
-    remarks = [f"data.shards: {len(lengths):,} rows of text, {tokens:,} tokens an epoch, `<s>` included"]
-    if longer:
+    remarks = [f"{key}: {rows:,} rows of text, {plan.total:,} tokens an epoch, `<s>` included"]
+    if plan.longer:
         remarks.append(
-            f"data.shards: {longer:,} of {len(lengths):,} documents are longer than text.max_tokens: an epoch has a "
+            f"{key}: {plan.longer:,} of {rows:,} documents are longer than text.max_tokens: an epoch has a "
             "window of each, where text.blocks complete_doc has all of their tokens"
         )
     return remarks
@@ -150,13 +169,12 @@ def shuffled(total: int, size: int, *, epochs: int, seed: int) -> list[list[Row]
     return plan
 
 
-def _left_out(key: str, config: Config, lengths: Int64s, budget: LengthBudget) -> list[str]:
+def _left_out(key: str, config: Config, short: int, unknown: int, total: int) -> list[str]:
     """A line about the samples that are too short, one about those of unknown length, if any.
 
     Raises UserError when all are too short.
     """
-    short, unknown = int(np.count_nonzero(budget.cropped(lengths) == 0)), int(np.count_nonzero(lengths == 0))
-    total, remarks = len(lengths), []
+    remarks = []
     if short:  # of speech alone: no row of text is
         seconds = config.speech.min_seconds
         if short == total:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -18,14 +20,26 @@ import numpy.typing as npt
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from megad2v.data.format import KINDS, MODALITY_KINDS, WORKING_FOLDER, read_dataset
-from megad2v.data.index import load_or_build, unknown_extensions
+from megad2v.data.index import (
+    ShardIndex,
+    Stamp,
+    build,
+    keep,
+    load_or_build,
+    stored_lengths,
+    stored_stamp,
+    unknown_extensions,
+)
 from megad2v.errors import UserError
 
-OPEN_FILES = 64
-"""Descriptors kept per process: several windows' worth, far below the usual limit of 1,024."""
-
+log = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
+
+OPEN_FILES = 64
+"""Tars, and as many indexes, that a process keeps open: several windows' worth, far below the usual limit of 1,024."""
+THREADS = 16
+"""That look at indexes when a set is opened: on a network's file system each look takes a millisecond of waiting."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +55,8 @@ class RawSample:
     """Class id, -1 when there is none."""
 
 
-class Samples(Protocol):
-    """One long list of samples: a ShardSet, or a view on one whose samples are parts of its own."""
-
-    paths: list[Path]
-    shard_sizes: tuple[int, ...]
-    """Samples of each shard."""
+class Readable(Protocol):
+    """Samples by number, as workers read them."""
 
     def __len__(self) -> int: ...
 
@@ -57,13 +67,25 @@ class Samples(Protocol):
 
     def sample_id(self, index: int) -> str: ...
 
+    def read(self, index: int) -> RawSample: ...
+
+    def close(self) -> None: ...
+
+
+class Samples(Readable, Protocol):
+    """One long list of samples: a ShardSet, or a view on one whose samples are parts of its own."""
+
+    paths: list[Path]
+    shard_sizes: tuple[int, ...]
+    """Samples of each shard."""
+
     def lengths(self) -> npt.NDArray[np.int64]:
         """(len,), 0 where unknown."""
         ...
 
-    def read(self, index: int) -> RawSample: ...
-
-    def close(self) -> None: ...
+    def shard_lengths(self, shard: int) -> npt.NDArray[np.uint32]:
+        """(shard_sizes[shard],) the same of one shard."""
+        ...
 
 
 class ShardSet:
@@ -80,9 +102,8 @@ class ShardSet:
         self.pattern = pattern
         self.modality = modality
         self.paths = resolve(pattern)
-        self.indexes = in_own_order(lambda path: load_or_build(path, modality), self.paths)
-        """Of each shard."""
-        self.shard_sizes = tuple(len(index) for index in self.indexes)
+        self._stamps, self._in_memory = _look_at(self.paths, modality)
+        self.shard_sizes = tuple(stamp.samples for stamp in self._stamps)
         self._ends = np.cumsum(self.shard_sizes)
         if not len(self):
             found = ", ".join(unknown_extensions(self.paths[0])) or "nothing"
@@ -91,6 +112,7 @@ class ShardSet:
                 f"(the extension begins at the first dot of the name), found extensions: {found}"
             )
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -99,41 +121,54 @@ class ShardSet:
     def fingerprint(self) -> str:
         """Hex hash of shard names and counts, and of lengths where they decide too: differs when the order of samples
         would differ."""
-        return order_fingerprint(self.paths, self.shard_sizes, None if self.modality == "vision" else self.lengths())
+        lengths = None if self.modality == "vision" else [stamp.lengths_crc for stamp in self._stamps]
+        return order_fingerprint(self.paths, self.shard_sizes, lengths)
 
     def sample_id(self, index: int) -> str:
         """The id of sample `index` (0..len-1) without reading it."""
         shard, row = self._locate(index)
-        return f"{self.paths[shard].name}/{self.indexes[shard].key(row)}"
+        return f"{self.paths[shard].name}/{self.index(shard).key(row)}"
 
     def labels(self) -> npt.NDArray[np.int32]:
         """(len,) class ids; index.NO_LABEL or index.UNREADABLE_LABEL where there is none."""
-        return np.concatenate([index.records["label"] for index in self.indexes])
+        return np.concatenate([self.index(shard).records["label"] for shard in range(len(self.paths))])
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(len,) lengths as indexed (speech: samples at 16 kHz); 0 where the file's header does not say."""
-        return np.concatenate([index.records["length"] for index in self.indexes]).astype(np.int64)
+        """(len,) lengths as indexed (speech: samples at 16 kHz); 0 where the file's header does not say. For large sets
+        `shard_lengths` needs no memory."""
+        return np.concatenate([self.shard_lengths(shard) for shard in range(len(self.paths))]).astype(np.int64)
+
+    def shard_lengths(self, shard: int) -> npt.NDArray[np.uint32]:
+        """(shard_sizes[shard],) the lengths of one shard's samples."""
+        if shard not in self._in_memory:
+            lengths = stored_lengths(self.paths[shard], self.modality, self._stamps[shard])
+            if lengths is not None:
+                return lengths
+        return self.index(shard).lengths
 
     def read(self, index: int) -> RawSample:
         """Sample `index` (0..len-1). Raises UserError when its shard has changed, vanished or cannot be read."""
         shard, row = self._locate(index)
-        record, name = self.indexes[shard].records[row], self.sample_id(index)
+        self._descriptor(shard)  # says that a shard has changed before its index is read
+        found = self.index(shard)
+        record, name = found.records[row], f"{self.paths[shard].name}/{found.key(row)}"
         data = self.read_bytes(shard, int(record["offset"]), int(record["size"]), name)
         return RawSample(name, data, KINDS[record["kind"]], max(int(record["label"]), -1))
 
     def read_bytes(self, shard: int, offset: int, size: int, sample_id: str) -> bytes:
         """Bytes of the tar `paths[shard]`, which belong to that sample. Raises UserError as `read`."""
-        path = self.paths[shard]
+        descriptor, path = self._descriptor(shard), self.paths[shard]
         try:
-            data = os.pread(self._descriptor(shard), size, offset)
+            data = os.pread(descriptor, size, offset)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error}); check the disk, or copy the shard again") from error
+            raise _unreadable(path, error) from error
         if len(data) != size:
             raise UserError(f"{path}: ended in the middle of sample {sample_id}; copy the shard again")
         return data
 
     def close(self) -> None:
-        """Close the tars; reading opens them again."""
+        """Close tars and indexes; reading opens them again."""
+        self._indexes.clear()
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -142,8 +177,8 @@ class ShardSet:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        # File descriptors mean nothing in another process that was not forked from this one.
-        return {**self.__dict__, "_files": OrderedDict()}
+        # File descriptors mean nothing in another process that was not forked from this one, and maps would be copied.
+        return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
 
     def _locate(self, index: int) -> tuple[int, int]:
         return locate(self._ends, index)
@@ -152,15 +187,38 @@ class ShardSet:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        path = self.paths[shard]
-        descriptor = os.open(path, os.O_RDONLY)
-        if not self.indexes[shard].fits(os.fstat(descriptor)):
+        try:
+            descriptor = os.open(self.paths[shard], os.O_RDONLY)
+        except OSError as error:
+            raise _unreadable(self.paths[shard], error) from error
+        if not self._stamps[shard].fits(os.fstat(descriptor)):
             os.close(descriptor)
-            raise UserError(f"{path}: has changed since this run indexed it; leave shards alone and start again")
+            raise self._changed(shard)
         self._files[shard] = descriptor
         if len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
+
+    def index(self, shard: int) -> ShardIndex:
+        """The whole index of a shard, mapped. Raises UserError where it is not the one that was there at first."""
+        if shard in self._in_memory:
+            return self._in_memory[shard]
+        if shard in self._indexes:
+            self._indexes.move_to_end(shard)
+            return self._indexes[shard]
+        index, stamp = load_or_build(self.paths[shard], self.modality), self._stamps[shard]
+        now = index.stamp
+        if (now.samples, now.lengths_crc, now.tar_size) != (stamp.samples, stamp.lengths_crc, stamp.tar_size):
+            raise self._changed(shard)
+        self._indexes[shard] = index
+        if len(self._indexes) > OPEN_FILES:
+            self._indexes.popitem(last=False)
+        return index
+
+    def _changed(self, shard: int) -> UserError:
+        return UserError(
+            f"{self.paths[shard]}: has changed since this run indexed it; leave shards alone and start again"
+        )
 
 
 def pattern_of(value: str | Mapping[str, str] | None, key: str, modality: str) -> str:
@@ -247,21 +305,46 @@ def locate(ends: npt.NDArray[np.int64], index: int) -> tuple[int, int]:
     return shard, index - (int(ends[shard - 1]) if shard else 0)
 
 
-def order_fingerprint(paths: Sequence[Path], sizes: Sequence[int], lengths: npt.NDArray[np.int64] | None) -> str:
-    """Hex hash of what the order of samples depends on."""
-    names = "\n".join(f"{path.name} {size}" for path, size in zip(paths, sizes, strict=True))
-    print_ = blake2b(names.encode(), digest_size=8)
+def order_fingerprint(paths: Sequence[Path], sizes: Sequence[int], lengths: Sequence[int] | None) -> str:
+    """Hex hash of what the order of samples depends on: names, sizes, and a sum over each shard's lengths (None: they
+    do not matter)."""
+    rows = [f"{path.name} {size}" for path, size in zip(paths, sizes, strict=True)]
     if lengths is not None:
-        print_.update(lengths.astype("<i8", copy=False))
-    return print_.hexdigest()
+        rows = [f"{row} {total:08x}" for row, total in zip(rows, lengths, strict=True)]
+    return blake2b("\n".join(rows).encode(), digest_size=8).hexdigest()
 
 
-def in_own_order(build: Callable[[Path], Made], paths: Sequence[Path]) -> list[Made]:
-    """What `build` makes of each of `paths`, made in an order of this process's own.
+def in_own_order(build: Callable[[int], Made], numbers: Sequence[int]) -> list[Made]:
+    """What `build` makes for each shard number, made in an order of this process's own.
 
     Ranks that start together on shards without an index then mostly build different ones and find the others' stored.
     """
-    order = list(paths)
+    order = list(numbers)
     random.Random(os.getpid()).shuffle(order)
-    made = {path: build(path) for path in order}
-    return [made[path] for path in paths]
+    made = {number: build(number) for number in order}
+    return [made[number] for number in numbers]
+
+
+def _look_at(paths: list[Path], modality: str) -> tuple[list[Stamp], dict[int, ShardIndex]]:
+    """Stamps in the order of `paths`, and the indexes that cannot be stored anywhere. Missing indexes are built."""
+    in_memory: dict[int, ShardIndex] = {}
+
+    def built(number: int) -> Stamp:
+        stamp = stored_stamp(paths[number], modality)  # another rank may have made it by now
+        if stamp is not None:
+            return stamp
+        log.info("indexing %s", paths[number])
+        index = build(paths[number], modality)
+        if keep(index, paths[number], modality) is None:
+            in_memory[number] = index
+        return index.stamp
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda path: stored_stamp(path, modality), paths, chunksize=64))
+    missing = [number for number, stamp in enumerate(found) if stamp is None]
+    stamps = dict(zip(missing, in_own_order(built, missing), strict=True))
+    return [stamps[number] if stamp is None else stamp for number, stamp in enumerate(found)], in_memory
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error}); check the disk, or copy the shard again")

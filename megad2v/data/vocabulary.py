@@ -19,8 +19,12 @@ def with_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
     Raises UserError where there is none, where `text.vocabulary` says another number, and where dataset.json beside
     the shards for training or validation names another tokenizer (shards without dataset.json are taken as they are).
     """
-    folders = _folders(config, "data.shards")
-    folder = _tokenizer_folder(config, folders)
+    mix = config.data.mix or {}
+    patterns = {f"data.mix.{name}.shards": part.shards for name, part in sorted(mix.items())}
+    training = {
+        key: _folders(config, key, value) for key, value in (patterns or {"data.shards": config.data.shards}).items()
+    }
+    folder = _tokenizer_folder(config, [folder for folders in training.values() for folder in folders])
     with about_key("text.tokenizer"):
         tokenizer = Tokenizer.load(folder)
     wanted = config.text.vocabulary
@@ -28,18 +32,17 @@ def with_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
         raise UserError(
             f"text.vocabulary: {wanted}, but the tokenizer in {folder} has {tokenizer.vocabulary} ids; leave it null"
         )
-    keys = {"data.shards": folders}
+    keys = training
     if config.data.valid is not None:
-        keys["data.valid"] = _folders(config, "data.valid")
+        keys["data.valid"] = _folders(config, "data.valid", config.data.valid)
     for key, places in keys.items():
         for place in places:
             _check_made_with(tokenizer, folder, place, key)
     return replace(config, text=replace(config.text, vocabulary=tokenizer.vocabulary)), tokenizer
 
 
-def _folders(config: Config, key: str) -> list[Path]:
-    """Those that hold the shards of configuration key `key`."""
-    value = config.data.shards if key == "data.shards" else config.data.valid
+def _folders(config: Config, key: str, value: str | dict[str, str] | None) -> list[Path]:
+    """Those that hold the shards of configuration key `key`, whose value is given."""
     with about_key(key):
         return sorted({path.parent for path in resolve(pattern_of(value, key, config.modality))})
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from megad2v.data.shardset import Samples
+from megad2v.data.shardset import Readable
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.sample import BadSample, Transform
@@ -42,7 +42,7 @@ class MicroBatches(Dataset["Batch | Refusal"]):
     """Micro-batch number -> Batch. `rows` plans its (epoch, sample index) pairs; an empty plan is the row of zeros."""
 
     def __init__(
-        self, shards: Samples, transform: Transform[Any], rows: Callable[[int], list[tuple[int, int]]]
+        self, shards: Readable, transform: Transform[Any], rows: Callable[[int], list[tuple[int, int]]]
     ) -> None:
         self.shards = shards
         self._transform = transform

@@ -265,6 +265,7 @@ def _log(
     values: dict[str, Any] = {
         "epoch": progress.samples / max(1, run.loader.epoch_size),
         "samples": progress.samples,
+        **{f"epoch_{name}": epochs for name, epochs in run.loader.epochs(progress.step).items() if name},
         **read,
         **rates,
         "grad_norm": norm,

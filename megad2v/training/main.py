@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None, requests: StopRequests | None =
 
 def with_demo_shards(config: Config) -> Config:
     """The command without data runs on the demo's shards, where they have been made."""
-    if config.data.shards is not None:
+    if config.data.shards is not None or config.data.mix is not None:
         return config
     corpus = DEMO_CORPORA[config.modality]
     shards = Path("runs/demo/shards", corpus)

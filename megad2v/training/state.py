@@ -17,6 +17,7 @@ from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.writer import write_checkpoint
 from megad2v.config.schema import Config
 from megad2v.data.format import TOKENIZER_FOLDER
+from megad2v.data.mix import whole_weights
 from megad2v.engine.distributed import World, broadcast_text, together
 from megad2v.engine.fragments import MOMENTS, Fragment, adam_entries, shapes
 from megad2v.engine.replicas import unify
@@ -210,6 +211,7 @@ def check_resumable(checkpoint: Checkpoint, config: Config, extras: Mapping[str,
                 "another train.output_dir (and train.init to start from these weights)"
             )
     now = asdict(config)
+    _check_weights(checkpoint, config)
     for key in SAME_STREAM + SAME_LENGTHS.get(config.modality, ()):
         section, leaf = key.split(".")
         then = checkpoint.index.config[section][leaf]
@@ -218,3 +220,19 @@ def check_resumable(checkpoint: Checkpoint, config: Config, extras: Mapping[str,
                 f"{key}: the run in {checkpoint.directory} has {then}, not {now[section][leaf]}, and would see other "
                 "samples from here on; resume with the same, or choose another train.output_dir"
             )
+
+
+def _check_weights(checkpoint: Checkpoint, config: Config) -> None:
+    """The same for data.mix: its names and the ratios of its weights. Patterns may differ, as folders are moved; what
+    they name is compared by fingerprint."""
+
+    def ratios(mix: dict[str, Any] | None) -> dict[str, int]:
+        return whole_weights({name: part["weight"] for name, part in mix.items()}) if mix else {}
+
+    then, now = ratios(checkpoint.index.config["data"].get("mix")), ratios(asdict(config)["data"]["mix"])
+    if then != now:
+        first, second = (", ".join(f"{n} {w}" for n, w in one.items()) or "no mix" for one in (then, now))
+        raise UserError(
+            f"data.mix: the run in {checkpoint.directory} has {first}, not {second}, and would see other samples from "
+            "here on; resume with the same, or choose another train.output_dir"
+        )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megad2v.config import validate as validate_module
-from megad2v.config.schema import Config, MicroBatchConfig
+from megad2v.config.schema import Config, MicroBatchConfig, MixConfig
 from megad2v.config.validate import validate
 from megad2v.errors import UserError
 
@@ -169,6 +169,10 @@ RULES: list[tuple[Config, str]] = [
         of_lengths(speech={"max_seconds": 31.0}),
         "data.micro_batch.seconds: 30 cannot hold one recording of speech.max_s",
     ),
+    (broken(data={"mix": {}}), "data.mix: names no data set; give NAME: {shards: PATTERN, weight: NUMBER}"),
+    (broken(data={"mix": {"a": MixConfig("x")}, "shards": "y"}), "data.shards and data.mix both say what to train on"),
+    (broken(data={"mix": {"a/b": MixConfig("x")}}), "data.mix: a name is made of letters, digits, dots, dashes and"),
+    (broken(data={"mix": {"a": MixConfig("x", 0.0)}}), "data.mix.a.weight: expected a number above 0, got 0.0"),
     (of_lengths(mask={"span": 0}), "mask.span must be at least 1 and mask.min_spans at least 0, got 0 and 1"),
     (of_lengths(mask={"min_spans": -1}), "mask.span must be at least 1 and mask.min_spans at least 0, got 10 and -1"),
 ]

@@ -93,7 +93,7 @@ def test_every_token_once_an_epoch(folder: Path, references: dict[str, list[Batc
 def test_every_document_once_an_epoch(folder: Path, references: dict[str, list[Batch]]) -> None:
     size, epoch, remarks = epoch_of(settings_for(folder, "document"))
     longer = sum(length > ROOM for length in LENGTHS)
-    assert remarks[1].startswith(f"data.shards: {longer} of {len(LENGTHS)} documents are longer than text.max_tokens, ")
+    assert remarks[1].startswith(f"data.shards: {longer} of {len(LENGTHS)} documents are longer than text.max_tokens: ")
     met = list(rows(references["document"][:epoch]))
     assert size == len(met) == len(DOCUMENTS) and epoch < 4 * STEPS
     for key, ids in met:

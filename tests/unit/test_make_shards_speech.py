@@ -109,7 +109,7 @@ def test_index_has_lengths(corpus: Path, tmp_path: Path) -> None:
     lengths = [
         int(length)
         for tar in sorted((tmp_path / "out").glob("*.tar"))
-        for length in load_or_build(tar, "speech").records["length"]
+        for length in load_or_build(tar, "speech").lengths
     ]
     assert lengths == [len(read_waveform(shards.read(i).data)) for i in range(len(shards))]
 

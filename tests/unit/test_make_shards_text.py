@@ -86,7 +86,7 @@ def test_folder_describes_itself(tmp_path: Path, vocabulary: Path) -> None:
     documents = [read_tokens(shards.read(i).data) for i in range(len(shards))]
     assert [d.tolist() for d in documents] == [ours.encode_document(story).tolist() for story in stories]
     assert info.totals == {"tokens": sum(map(len, documents))}
-    lengths = [n for tar in sorted(out.glob("*.tar")) for n in load_or_build(tar, "text").records["length"].tolist()]
+    lengths = [n for tar in sorted(out.glob("*.tar")) for n in load_or_build(tar, "text").lengths.tolist()]
     assert lengths == [len(document) for document in documents]
     assert report(out) == [("notes.md", 0, "no .txt, .jsonl or .tsv by its name, or hidden")]
     corpus = text_corpus(tmp_path / "in", vocabulary, PLAIN)

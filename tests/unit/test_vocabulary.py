@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megad2v.config.schema import Config
+from megad2v.config.schema import Config, MixConfig
 from megad2v.data.vocabulary import with_vocabulary
 from megad2v.errors import UserError
 from megad2v.modalities.text.tokenizer import Tokenizer
@@ -67,6 +68,22 @@ def test_pattern_over_several_folders(tmp_path: Path) -> None:
     shards(tmp_path / "b")
     (tmp_path / "b" / "text-000000.tar").rename(tmp_path / "b" / "other-000000.tar")
     assert with_vocabulary(config(tmp_path / "*" / "*.tar"))[0].text.vocabulary == 261
+
+
+def test_mix_of_sets(tmp_path: Path) -> None:
+    """Every set of a mix has to be of the one vocabulary."""
+    shards(tmp_path / "a")
+    shards(tmp_path / "b")
+    base = config("unused")
+
+    def mixed(*names: str) -> Config:
+        mix = {name: MixConfig(str(tmp_path / name)) for name in names}
+        return replace(base, data=replace(base.data, shards=None, mix=mix))
+
+    assert with_vocabulary(mixed("a", "b"))[0].text.vocabulary == 261
+    shards(tmp_path / "c", OTHER)
+    with pytest.raises(UserError, match=r"data\.mix\.c\.shards: .*was made with a tokenizer of 1000 ids"):
+        with_vocabulary(mixed("a", "c"))
 
 
 def test_no_library_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

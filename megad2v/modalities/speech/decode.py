@@ -141,10 +141,11 @@ def is_unknown(size: int) -> bool:
     return any(size in sizes for sizes in UNKNOWN_SIZES)
 
 
-def header_length(head: bytes) -> int:
-    """Samples at 16 kHz, from the first bytes of a FLAC or WAV file; 0 when they do not say. Needs no library."""
+def header_length(head: bytes, size: int | None = None) -> int:
+    """Samples at 16 kHz, from the first bytes of a FLAC or WAV file of `size` bytes; 0 when they do not say, or when a
+    WAV states more than fits (libsndfile reads what is there, without a word). Needs no library."""
     try:
-        frames, rate = _flac_length(head) if head[:4] == b"fLaC" else _wav_length(head)
+        frames, rate = _flac_length(head) if head[:4] == b"fLaC" else _wav_length(head, size)
     except (struct.error, ValueError):
         return 0
     return resampled_length(frames, rate) if rate in RATES else 0
@@ -164,7 +165,7 @@ def _flac_length(head: bytes) -> tuple[int, int]:
     return packed & (2**36 - 1), packed >> 44
 
 
-def _wav_length(head: bytes) -> tuple[int, int]:
+def _wav_length(head: bytes, file_size: int | None) -> tuple[int, int]:
     """(samples, rate) from the chunks of a RIFF or RF64 file. Raises ValueError when they do not say."""
     block = rate = large = 0
     for name, start, size in _chunks(head):
@@ -176,7 +177,7 @@ def _wav_length(head: bytes) -> tuple[int, int]:
             (large,) = struct.unpack_from("<Q", head, start + 8)
         elif name == b"data" and block:
             size = large or size
-            if is_unknown(size) and not large:
+            if (is_unknown(size) and not large) or (file_size is not None and start + size > file_size):
                 break
             return size // block, rate
     raise ValueError("length is not known")
