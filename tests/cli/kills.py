@@ -84,7 +84,7 @@ def killed_run(flags: list[str], kills: Iterable[Kill], logs: Path) -> Iterator[
                 assert run.wait(300) == [0] * RANKS, run.log()
             said = run.log()
         found = re.search(r"resumed from \S+ \(step (\d+)\)", said)
-        if found or outcome is None or outcome.logged > 0:
+        if found or outcome is None or "\nstep " in said:  # else it was killed too early to tell
             for before in untold:
                 before.resumed = int(found[1]) if found else 0
                 before.passed_over = said.count("passed over a checkpoint")
