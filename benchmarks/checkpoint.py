@@ -71,7 +71,8 @@ def main() -> None:
         if world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
     if world.is_main:
-        command = f"torchrun --nproc_per_node {world.size} " + " ".join(sys.argv)
+        words = " ".join(sys.argv).partition(" --note")[0].partition(" --output")[0]  # these two come last
+        command = f"torchrun --nproc_per_node {world.size} {words}"
         for row in rows:
             row |= {"note": arguments.note, "command": command}
             print(json.dumps(row, indent=1), flush=True)

@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megad2v.checkpoint.layout import FileRecord, Piece
-from megad2v.checkpoint.stream import as_bytes
 from megad2v.checkpoint.writer import commit, prepare, write_own_file
 
 
@@ -85,8 +85,9 @@ class HostCopy:
         """Copy what lies in host memory already (a run on CPUs, offloaded states). The thread's part."""
         for piece, copy in zip(pieces, copies, strict=True):
             if piece.values.numel() and not piece.values.is_cuda:
-                # Not torch's copy, which would start threads of its own beside those that train.
-                as_bytes(copy.values)[:] = as_bytes(piece.values.detach().reshape(-1))
+                # Not torch's copy, which would start threads of its own beside those that train; numpy's lets go of
+                # Python's lock meanwhile.
+                np.copyto(copy.values.numpy(), piece.values.detach().reshape(-1).numpy())
 
 
 class _Write:

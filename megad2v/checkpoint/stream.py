@@ -8,6 +8,7 @@ safetensors, README, "Format"): eight bytes of length, that many bytes of JSON, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +31,8 @@ SMALL = 1 << 16
 """Fragments up to that many bytes are collected before they are written; larger ones are not copied once more."""
 DEVICE_CHUNK = 64 << 20
 """Bytes that are copied from a GPU at once: all that a save in the foreground needs of extra host memory."""
+AHEAD = 8 << 20
+"""Bytes after which the kernel is asked to begin writing."""
 ALGORITHM = "xxh3_128"
 """128 bits against accidents, at memory speed. SHA-256 costs as much time as writing (benchmarks/checkpoint.py)."""
 HASHES: dict[str, Callable[[], Any]] = {ALGORITHM: xxhash.xxh3_128, "sha256": hashlib.sha256}
@@ -41,14 +44,25 @@ def write_tensors(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
     Raises OSError, and ValueError for a tensor that is not float32 or is there twice.
     """
     pieces = [piece for piece in pieces if piece.values.numel()]
-    size, digest = 0, HASHES[ALGORITHM]()
+    size, digest, begun = 0, HASHES[ALGORITHM](), 0
     with path.open("wb", buffering=SMALL) as file:
         for block in _blocks(pieces):
             digest.update(block)
             size += file.write(block)
+            if size - begun >= AHEAD:
+                _begin_writing(file.fileno(), begun, size - begun)
+                begun = size
         file.flush()
         os.fsync(file.fileno())
     return size, f"{ALGORITHM}:{digest.hexdigest()}"
+
+
+def _begin_writing(descriptor: int, start: int, length: int) -> None:
+    """Let the kernel write what it has, so that the disk works while we go on and fsync finds little left. It also
+    drops what is written from its cache, where samples are of more use."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # a hint: what matters is the fsync at the end
+            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def _blocks(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
