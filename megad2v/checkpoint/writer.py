@@ -29,18 +29,33 @@ def write_checkpoint(
 
     `extras`, of which the main rank's count: small files by their path in the step directory ("tokenizer/vocab.json"),
     listed and checked as the data is. `index` holds the other fields of `Index`. Collective: three rounds of one small
-    gather to rank 0 and one broadcast. An error on any rank raises CheckpointError on all, and leaves nothing half-written behind.
+    gather to rank 0 and one broadcast. An error on any rank raises CheckpointError on all, and leaves nothing
+    half-written behind.
     """
     aside = directory.with_name(f".writing_{directory.name}")
     main = dist.get_rank() == 0
     try:
         _on_all(lambda: _fresh(aside) if main else None)
-        records = _on_all(lambda: _write_file(aside, pieces))
+        records = _on_all(lambda: _write_file(aside, pieces, dist.get_rank()))
         _on_all(lambda: _commit(aside, directory, extras or {}, files=records, **index) if main else None)
     except CheckpointError:
         if main:
             shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def write_alone(
+    directory: Path, pieces: Sequence[Piece], *, extras: Mapping[str, bytes] | None = None, **index: Any
+) -> None:
+    """The same by one process that has joined no group: what imports weights writes. Raises CheckpointError, and leaves
+    nothing half-written behind."""
+    aside = directory.with_name(f".writing_{directory.name}")
+    try:
+        _fresh(aside)
+        _commit(aside, directory, extras or {}, files=[_write_file(aside, pieces, rank=0)], **index)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{directory}: not written ({error})") from error
 
 
 def _on_all(action: Callable[[], Any]) -> list[Any]:
@@ -53,8 +68,8 @@ def _fresh(aside: Path) -> None:
     aside.mkdir(parents=True)
 
 
-def _write_file(aside: Path, pieces: Sequence[Piece]) -> FileRecord:
-    path = aside / f"rank{dist.get_rank():05d}.safetensors"
+def _write_file(aside: Path, pieces: Sequence[Piece], rank: int) -> FileRecord:
+    path = aside / f"rank{rank:05d}.safetensors"
     path.touch()
     mode = path.stat().st_mode
     # Copies, since fragments are views of shared buffers, which the format refuses.
