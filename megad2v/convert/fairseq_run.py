@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -56,9 +57,18 @@ def import_fairseq() -> tuple[ModuleType | None, str]:
             if folder is None:
                 return None, "fairseq is installed without examples/data2vec"
             importlib.import_module("fairseq.utils").import_user_module(argparse.Namespace(user_dir=str(folder)))
+            _mend(importlib.import_module("fairseq.models").MODEL_REGISTRY)
     except Exception as error:  # whatever importing another program raises: it is not usable here
         return None, f"fairseq cannot be imported ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
     return fairseq, ""
+
+
+def _mend(registry: dict[str, type]) -> None:
+    """At 3d262bb data2vec_text cannot load any checkpoint, its own included: its loader asks the encoder for a
+    `target_model` that nothing sets (docs/convert.md)."""
+    module = importlib.import_module(registry["data2vec_text"].__module__)
+    if not hasattr(module.Data2VecTextEncoder, "target_model"):
+        module.Data2VecTextEncoder.target_model = None
 
 
 def load_model(file: Path) -> nn.Module:
@@ -122,6 +132,11 @@ def caught(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Without what the port prints on every forward (spec 8.13)."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    """Without what the port prints on every forward (spec 8.13), and without fairseq's log."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

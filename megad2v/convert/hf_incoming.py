@@ -65,7 +65,7 @@ def read_hugging_face(folder: Path, tokenizer: Path | None = None) -> Incoming:
     if left or dropped:
         found.report.append(f"left out, since they belong to a task: {', '.join((*left, *dropped))}")
     if modality == "text":
-        found.tokenizer = find_tokenizer(folder, tokenizer, config)
+        find_tokenizer(folder, tokenizer, found)
     elif tokenizer is not None:
         raise UserError(f"--tokenizer: is for text; {folder} holds a {keys.MODEL_CLASS}")
     if modality == "vision" and config.model.norm_eps != base.model.norm_eps:

@@ -111,7 +111,7 @@ def read_fairseq(path: Path, tokenizer: Path | None = None) -> Incoming:
     keys = FAIRSEQ[modality]
     state = dict(file["model"]) if isinstance(file.get("model"), Mapping) else {}
     averaged = state.pop(keys.EMA, None)
-    state = tensors_of(state, f"{path}, model")
+    state = keys.renamed(tensors_of(state, f"{path}, model"))
     names = keys.RECIPES
     depth = int(model.get("encoder_layers", 12)) if modality == "speech" else 0
     base = recipe(names[-1] if depth >= LARGE else names[0])
@@ -134,7 +134,7 @@ def read_fairseq(path: Path, tokenizer: Path | None = None) -> Incoming:
     if left:
         found.report.append(f"left out, since data2vec does not use them: {', '.join(left)}")
     if modality == "text":
-        found.tokenizer = find_tokenizer(path.parent, tokenizer, config)
+        find_tokenizer(path.parent, tokenizer, found)
     elif tokenizer is not None:
         raise UserError(f"--tokenizer: is for text; {path} holds a {keys.MODEL}")
     if averaged is not None:
@@ -204,24 +204,32 @@ def _updates(file: Mapping[str, Any]) -> int:
     return int(last.get("num_updates", 0)) if isinstance(last, Mapping) else 0
 
 
-def find_tokenizer(folder: Path, named: Path | None, config: Config) -> Tokenizer | None:
-    """The tokenizer that `named` means (one of ours, or a byte-level BPE's files), else one that lies in `folder`.
+def find_tokenizer(folder: Path, named: Path | None, found: Incoming) -> None:
+    """Give `found` the tokenizer that `named` means (one of ours, or a byte-level BPE's files), else the one in
+    `folder`, where it is one that we can use; if not, the report says so.
 
-    None where there is none. Raises UserError for one that does not read, or of another size than the model.
+    Raises UserError where `named` does not read, or is of another size than the model.
     """
     beside = (folder / "tokenizer" / ABOUT_FILE, folder / "tokenizer.json", folder / "vocab.json")
     place = named if named is not None else next((path for path in beside if path.exists()), None)
     if place is None:
-        return None
+        return
+    try:
+        found.tokenizer = _tokenizer(place, found.config.text.vocabulary)
+    except UserError as error:
+        if named is not None:
+            raise
+        found.report.append(f"tokenizer left out ({error})")
+
+
+def _tokenizer(place: Path, vocabulary: int | None) -> Tokenizer:
     if place.name == ABOUT_FILE or (place / ABOUT_FILE).exists():
-        found = Tokenizer.load(place.parent if place.name == ABOUT_FILE else place)
+        tokenizer = Tokenizer.load(place.parent if place.name == ABOUT_FILE else place)
     else:
-        found = import_byte_level(place)
-    if found.vocabulary != config.text.vocabulary:
-        raise UserError(
-            f"{place}: has {found.vocabulary} ids, the model {config.text.vocabulary}; name the model's own"
-        )
-    return found
+        tokenizer = import_byte_level(place)
+    if tokenizer.vocabulary != vocabulary:
+        raise UserError(f"{place}: has {tokenizer.vocabulary} ids, the model {vocabulary}; name the model's own")
+    return tokenizer
 
 
 # --- the BEiT fork

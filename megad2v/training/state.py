@@ -179,6 +179,11 @@ SAME_LENGTHS = {
 
 def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
     """Raise UserError where `checkpoint` is of another model, or of another stream of samples, than `config`."""
+    if "progress" not in checkpoint.index.state:
+        raise UserError(
+            f"{checkpoint.directory}: holds imported weights and no run to resume; name it with train.init, and "
+            "another train.output_dir"
+        )
     with torch.device("meta"):
         ours = {name: list(p.shape) for name, p in build_student(config).named_parameters()}
     saved: dict[str, Any] = checkpoint.index.shapes

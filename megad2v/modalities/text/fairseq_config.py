@@ -6,6 +6,7 @@ it, and of fairseq's masked_lm task.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,8 +25,8 @@ MODEL, TASK, RECIPES = "data2vec_text", "masked_lm", ("text_base_fairseq",)
 EMA = "encoder._ema"
 """Where the state dict keeps the float32 teacher."""
 _ENCODER = "encoder.sentence_encoder."
-DROPPED = ()
-"""Beginnings of names that data2vec does not use."""
+DROPPED = ("encoder.lm_head.",)
+"""Beginnings of names that data2vec does not use: the released model has RoBERTa's head (fairseq issue 4535)."""
 
 
 def check(config: Config) -> None:
@@ -156,6 +157,17 @@ def with_vocabulary(config: Config, state: Mapping[str, Tensor]) -> Config:
 def averaged(config: Config) -> str:
     """Beginning of the names of what the teacher averages; its own are without it."""
     return _ENCODER
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict under today's names: older files call the encoder, its first norm and the regression head
+    otherwise (`upgrade_state_dict_named`)."""
+
+    def today(name: str) -> str:
+        name = re.sub(r"^decoder\.", "encoder.", name).replace(".emb_layer_norm.", ".layernorm_embedding.")
+        return re.sub(r"^encoder\.lm_head\.(\d+)\.", r"encoder.regression_head.\1.", name)
+
+    return {today(name): value for name, value in state.items()}
 
 
 def unused(config: Config) -> dict[str, Tensor]:
