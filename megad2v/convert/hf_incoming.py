@@ -23,6 +23,7 @@ from megad2v.errors import UserError
 from megad2v.modalities.build import HUGGING_FACE
 from megad2v.modalities.keys import Example
 from megad2v.modalities.text.codecs import PAD
+from megad2v.modalities.text.hf_keys import SEGMENTS
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _DROPPED = ("lm_head.", "pooler.", "classifier.", "projector.", "qa_outputs.")
@@ -65,6 +66,7 @@ def read_hugging_face(folder: Path, tokenizer: Path | None = None) -> Incoming:
     if left or dropped:
         found.report.append(f"left out, since they belong to a task: {', '.join((*left, *dropped))}")
     if modality == "text":
+        found.rounded = bool(state[SEGMENTS].any())
         find_tokenizer(folder, tokenizer, found)
     elif tokenizer is not None:
         raise UserError(f"--tokenizer: is for text; {folder} holds a {keys.MODEL_CLASS}")

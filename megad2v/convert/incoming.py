@@ -57,6 +57,8 @@ class Incoming:
     report: list[str] = field(default_factory=list)
     """For people: what the file says that is unusual, and what was left out."""
     tokenizer: Tokenizer | None = None
+    rounded: bool = False
+    """Whether some of `student` are sums of what the file holds, rounded to float32."""
 
 
 def recipe(name: str) -> Config:
