@@ -103,6 +103,11 @@ def checksum_of(path: Path, algorithm: str = ALGORITHM) -> str:
     return f"{algorithm}:{digest.hexdigest()}"
 
 
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content in hexadecimal: what other programs compare files by."""
+    return checksum_of(path, "sha256").partition(":")[2]
+
+
 def checksum_of_bytes(content: bytes, algorithm: str = ALGORITHM) -> str:
     """The same of `content`."""
     digest = HASHES[algorithm]()

@@ -22,7 +22,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from megad2v.checkpoint.reader import Checkpoint
-from megad2v.checkpoint.stream import checksum_of
+from megad2v.checkpoint.stream import sha256_of
 from megad2v.convert.card import model_card
 from megad2v.convert.certificate import certify, require_transformers
 from megad2v.convert.load import Weights, checkpoint_config, load_encoder, load_tokenizer
@@ -63,7 +63,7 @@ def export(
             **({"tokenizer": certify_tokenizer(aside, tokenizer)} if tokenizer is not None else {}),
             "weights": weights,
             "step": checkpoint.index.step,
-            "sha256": {"model.safetensors": checksum_of(aside / "model.safetensors", "sha256").partition(":")[2]},
+            "sha256": {"model.safetensors": sha256_of(aside / "model.safetensors")},
         }
         _write_json(aside / CERTIFICATE, parity)
         card = model_card(checkpoint, config, keys, weights, parameters, parity)

@@ -410,7 +410,7 @@ def test_bad_input_is_one_line_and_exit_2(run: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "file").touch()
     good = {"--checkpoint": run, "--to": "hf", "--output": tmp_path / "out"}
     for change, expected in (
-        ({"--to": "fairseq"}, "--to fairseq: cannot be written; expected hf"),
+        ({"--to": "onnx"}, "--to onnx: cannot be written; expected hf or fairseq or beit"),
         ({"--weights": "best"}, "--weights best: expected student or teacher"),
         ({"--checkpoint": tmp_path / "nowhere"}, "no checkpoint here"),
         ({"--checkpoint": tmp_path / "step_00000001"}, "not a checkpoint"),
