@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import megad2v
+from megad2v.checkpoint.stream import TensorFile
 from megad2v.config.schema import Config
+from megad2v.convert.streamed import stream_weights
 from megad2v.errors import UserError
 from megad2v.modalities.keys import Example
 from megad2v.models.data2vec import Student
@@ -80,7 +82,8 @@ def certify(folder: Path, student: Student, keys: ModuleType, config: Config) ->
     layer, or the parameters that transformers did not find or did not know.
     """
     transformers = require_transformers()
-    model = _load(transformers, folder, keys)
+    weights = TensorFile(folder / "model.safetensors")
+    model = stream_weights(_load(transformers, folder, keys), weights.read, keep=keys.NEW_THERE)
     example = keys.example(config, torch.Generator().manual_seed(SEED))
     return {
         **compare_layers(student, of_transformers(model), example, "the exported model"),
@@ -179,31 +182,45 @@ def _double(example: Example) -> Example:
     return example._replace(inputs=double(example.inputs), arguments=arguments)
 
 
-@torch.no_grad()
 def hidden_states(student: Student, example: Example) -> list[Tensor]:
     """What enters the first block (behind positions and, in post-norm models, the norm), the output of each block, and
     the encoder's output, each (B, prefix + T, D). `example` has no prefix padding: its modality has no prefix, or it no
     padding."""
-    entering: list[Tensor] = []
+    states: list[Tensor] = []
+    visit_states(student, example, states.append)
+    return states
+
+
+@torch.no_grad()
+def visit_states(student: Student, example: Example, visit: Callable[[Tensor], None]) -> None:
+    """Show `visit` each of `hidden_states` as it is made; none is kept."""
     encoder = student.encoder
-    hook = encoder.blocks[0].register_forward_pre_hook(lambda _, arguments: entering.append(arguments[0]))
+    hooks = [encoder.blocks[0].register_forward_pre_hook(lambda _, arguments: visit(arguments[0]))]
+    hooks += [block.register_forward_hook(lambda _, __, made: visit(made[0])) for block in encoder.blocks]
     try:
         masked_btd, _ = student.front_end(example.inputs, example.mask_bt)
-        output_btd, blocks_btd = encoder(masked_btd, example.padding_bt, last=len(encoder.blocks), tensor="block")
+        output_btd, _ = encoder(masked_btd, example.padding_bt)
     finally:
-        hook.remove()
-    return [*entering, *blocks_btd, output_btd]
+        for hook in hooks:
+            hook.remove()
+    visit(output_btd)
 
 
 @torch.no_grad()
 def _compare(student: Student, theirs: Theirs, example: Example, padding: bool) -> list[tuple[str, float, float]]:
     """(name, largest absolute value of ours, largest absolute difference) of each hidden state, bottom up."""
-    ours = hidden_states(student.eval(), example)
-    others = theirs(example, ours[0].dtype)
-    if not padding and example.padding_bt is not None:
-        ours, others = ([state[~example.padding_bt] for state in states] for states in (ours, others))
-    names = ["input", *(f"block {number}" for number in range(1, len(ours) - 1)), "output"]
-    return [
-        (name, float(our.abs().max()), float((our - their).abs().max()))
-        for name, our, their in zip(names, ours, others, strict=True)
-    ]
+    others = iter(theirs(example, next(student.parameters()).dtype))
+    left_out = example.padding_bt if not padding else None
+    found: list[tuple[float, float]] = []
+
+    def compare(our: Tensor) -> None:
+        their = next(others)
+        if left_out is not None:
+            our, their = our[~left_out], their[~left_out]
+        found.append((float(our.abs().max()), float((our - their).abs().max())))
+
+    visit_states(student.eval(), example, compare)
+    if next(others, None) is not None:
+        raise CertificateError(f"they have more than our {len(found)} hidden states")
+    names = ["input", *(f"block {number}" for number in range(1, len(found) - 1)), "output"]
+    return [(name, *values) for name, values in zip(names, found, strict=True)]
