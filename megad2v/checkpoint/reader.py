@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megad2v.checkpoint.layout import INDEX, Index, fragment_key
-from megad2v.checkpoint.stream import checksum_of_bytes
+from megad2v.checkpoint.stream import TensorFile, checksum_of_bytes
 from megad2v.errors import UserError
 
 
 class Checkpoint:
-    """An open checkpoint directory. Files are mapped when first asked for; nothing is read before."""
+    """An open checkpoint directory. Files are opened when first asked for; nothing is read before."""
 
     def __init__(self, directory: Path, *, check_sizes: bool = True) -> None:
         """Raises UserError when `directory` holds no readable index or a file is missing or truncated. Where ranks
@@ -24,7 +23,7 @@ class Checkpoint:
         self.index = Index.load(directory / INDEX)
         for problem in self.index.problems(directory, checksums=False) if check_sizes else ():
             raise UserError(f"{problem}; use an older checkpoint")
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, TensorFile] = {}
         self._ranges: dict[str, list[tuple[int, int, str, tuple[str, ...]]]] = {}
         for record in self.index.files:
             for kinds, name, start, length in record.fragments:
@@ -53,8 +52,7 @@ class Checkpoint:
             if low < high and kind in kinds:
                 if low != start + filled:  # a gap, or two claims to the same values, which could hide one
                     break
-                part = self._open(file).get_slice(fragment_key(kind, name, at))[low - at : high - at]
-                out[low - start : high - start] = part
+                out[low - start : high - start] = self._part(file, fragment_key(kind, name, at), low - at, high - low)
                 filled += high - low
         if filled != length:
             raise UserError(
@@ -91,10 +89,10 @@ class Checkpoint:
                 return content
         raise UserError(f"{self.directory}: holds no {name} (but {', '.join(self.extras) or 'no extra file at all'})")
 
-    def _open(self, file: str) -> safe_open:
-        if file not in self._files:
-            try:
-                self._files[file] = safe_open(self.directory / file, framework="pt").__enter__()
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.directory / file}: not readable ({error}); use an older checkpoint") from None
-        return self._files[file]
+    def _part(self, file: str, key: str, start: int, length: int) -> Tensor:
+        try:
+            if file not in self._files:
+                self._files[file] = TensorFile(self.directory / file)
+            return self._files[file].read(key, start, length)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{self.directory / file}: not readable ({error}); use an older checkpoint") from None

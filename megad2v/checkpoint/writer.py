@@ -49,15 +49,18 @@ def prepare(directory: Path, also: Callable[[], None] | None = None) -> None:
         if also is not None:
             also()
         if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            _fresh(aside)
 
     _on_all(directory, make)
 
 
 def write_own_file(directory: Path, pieces: Sequence[Piece]) -> FileRecord:
     """This rank's file in that folder, fsynced. Talks to nobody; raises OSError and ValueError."""
-    path = _aside(directory) / f"rank{dist.get_rank():05d}.safetensors"
+    return _write_file(directory, pieces, dist.get_rank())
+
+
+def _write_file(directory: Path, pieces: Sequence[Piece], rank: int) -> FileRecord:
+    path = _aside(directory) / f"rank{rank:05d}.safetensors"
     size, checksum = write_tensors(path, pieces)
     return FileRecord(path.name, size, checksum, fragments_of(pieces))
 
@@ -73,6 +76,25 @@ def commit(directory: Path, own_file: Callable[[], FileRecord], extras: Mapping[
         if main:
             shutil.rmtree(_aside(directory), ignore_errors=True)
         raise
+
+
+def write_alone(
+    directory: Path, pieces: Sequence[Piece], *, extras: Mapping[str, bytes] | None = None, **index: Any
+) -> None:
+    """The same by one process that has joined no group: what imports weights writes. Raises CheckpointError, and leaves
+    nothing half-written behind."""
+    aside = _aside(directory)
+    try:
+        _fresh(aside)
+        _rename(directory, extras or {}, files=[_write_file(directory, pieces, rank=0)], **index)
+    except (OSError, RuntimeError, ValueError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{directory}: not written ({error})") from error
+
+
+def _fresh(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
 
 
 def _aside(directory: Path) -> Path:

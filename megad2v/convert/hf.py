@@ -17,26 +17,33 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from torch import Tensor, nn
 
 from megad2v.checkpoint.reader import Checkpoint
-from megad2v.checkpoint.stream import checksum_of
+from megad2v.checkpoint.stream import write_whole
+from megad2v.config.schema import Config
 from megad2v.convert.card import model_card
 from megad2v.convert.certificate import certify, require_transformers
-from megad2v.convert.load import Weights, checkpoint_config, load_encoder, load_tokenizer
+from megad2v.convert.load import Weights, checkpoint_config, load_tokenizer, open_encoder
+from megad2v.convert.streamed import Source, stream_weights
 from megad2v.convert.tokens import certify_tokenizer
 from megad2v.errors import UserError
 from megad2v.modalities.build import HUGGING_FACE
 
-CERTIFICATE = "parity.json"
+CERTIFICATE, WEIGHTS_FILE = "parity.json", "model.safetensors"
 
 
 def export(
     checkpoint: Checkpoint, output: Path, *, weights: Weights = "student", overwrite: bool = False
 ) -> dict[str, Any]:
     """Write `output` and return its certificate. All of it appears at once, and only when the certificate holds.
+
+    Weights pass from the checkpoint to the file one by one, and both models of the certificate read them back layer by
+    layer: memory is that of the largest tensor (in float64) and of the hidden states.
 
     Raises UserError when `output` is in use, transformers is missing, or the model or its tokenizer has no counterpart
     there; CertificateError when the loaded export computes something else; OSError when the disk refuses.
@@ -48,27 +55,41 @@ def export(
     keys.check(config)
     tokenizer = load_tokenizer(checkpoint)
     processor = keys.processor_files(config, tokenizer)
-    student = load_encoder(checkpoint, weights)
+    student, source = open_encoder(checkpoint, weights)
     with written_aside(output) as aside:
-        state = keys.to_hugging_face(dict(student.named_parameters()), config)
-        parameters = sum(tensor.numel() for tensor in state.values())
         _write_json(aside / "config.json", keys.model_config(config))
-        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # safetensors lets only its owner read it
-        del state
+        parameters, digest = write_weights(aside / WEIGHTS_FILE, student, source, keys, config)
         for name, content in processor.items():
             (aside / name).write_text(content, encoding="utf-8")
         parity = {
-            **certify(aside, student, keys, config),
+            **certify(aside, stream_weights(student, source), keys, config),
             **({"tokenizer": certify_tokenizer(aside, tokenizer)} if tokenizer is not None else {}),
             "weights": weights,
             "step": checkpoint.index.step,
-            "sha256": {"model.safetensors": checksum_of(aside / "model.safetensors", "sha256").partition(":")[2]},
+            "sha256": {WEIGHTS_FILE: digest},
         }
         _write_json(aside / CERTIFICATE, parity)
         card = model_card(checkpoint, config, keys, weights, parameters, parity)
         (aside / "README.md").write_text(card, encoding="utf-8")
     return parity
+
+
+def write_weights(path: Path, student: nn.Module, source: Source, keys: ModuleType, config: Config) -> tuple[int, str]:
+    """model.safetensors, one of our tensors after the other; how many values, and the file's SHA-256. `student` may be
+    without weights. Raises OSError."""
+    shapes: dict[str, torch.Size] = {}
+    for name, parameter in student.named_parameters():
+        shapes |= {n: t.shape for n, t in keys.to_hugging_face({name: parameter.to("meta")}, config).items()}
+
+    def mapped() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in student.named_parameters():
+            if name.startswith("head."):
+                continue
+            values = source(name, 0, parameter.numel()).view(parameter.shape)
+            yield from keys.to_hugging_face({name: values}, config).items()
+
+    digest = write_whole(path, shapes, mapped(), {"format": "pt"})
+    return sum(shape.numel() for shape in shapes.values()), digest
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

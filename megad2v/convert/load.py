@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
+from torch import Tensor
 
 from megad2v.checkpoint.catalog import find_checkpoint
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.schema import Config
 from megad2v.config.tree import config_from_dict
+from megad2v.convert.streamed import Source, load_weights, parameters_on_meta
 from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.errors import UserError
 from megad2v.modalities.build import build_student
@@ -50,32 +51,42 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     return Tokenizer.of_files(lambda name: checkpoint.extra(f"{TOKENIZER_FOLDER}/{name}"), where)
 
 
-def load_encoder(checkpoint: Checkpoint, weights: Weights) -> Student:
-    """The model of a checkpoint in eval mode, float32 on the CPU, without gradients.
+def open_encoder(checkpoint: Checkpoint, weights: Weights) -> tuple[Student, Source]:
+    """The model of a checkpoint in eval mode, without gradients and without weights (its parameters are on the meta
+    device; buffers are there), and what reads ranges of its weights.
 
     "teacher" replaces what the teacher averages (the encoder, and the front end where teacher.scope is "model"); the
     rest, the regression head included, is the student's: the front end that the teacher saw in training is the
-    student's own. Memory: the model and one tensor. Raises UserError when the checkpoint does not fit its own
-    configuration.
+    student's own. Raises UserError when the checkpoint does not fit its own configuration.
     """
     if weights not in WEIGHTS:
         raise UserError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights}")
     config = checkpoint_config(checkpoint)
-    student = build_student(config).eval().requires_grad_(False)
+    with parameters_on_meta():
+        student = build_student(config).eval().requires_grad_(False)
     shapes = checkpoint.index.shapes
     parameters = dict(student.named_parameters())
     if parameters.keys() != shapes.keys():
         odd = ", ".join(sorted(parameters.keys() ^ shapes.keys())[:3])
         raise UserError(f"{checkpoint.directory}: its parameters are not those of its configuration ({odd}, ...)")
+    for name, parameter in parameters.items():
+        if list(parameter.shape) != shapes[name]:
+            raise UserError(
+                f"{checkpoint.directory}: {name} has shape {shapes[name]}, its configuration says "
+                f"{list(parameter.shape)}"
+            )
     averaged = _averaged(checkpoint, config, student) if weights == "teacher" else set()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if list(parameter.shape) != shapes[name]:
-                raise UserError(
-                    f"{checkpoint.directory}: {name} has shape {shapes[name]}, its configuration says "
-                    f"{list(parameter.shape)}"
-                )
-            parameter.copy_(checkpoint.full("teacher" if name in averaged else "student", name))
+
+    def read(name: str, start: int, length: int) -> Tensor:
+        return checkpoint.read("teacher" if name in averaged else "student", name, start, length)
+
+    return student, read
+
+
+def load_encoder(checkpoint: Checkpoint, weights: Weights) -> Student:
+    """The same with its weights, float32 on the CPU. Memory: the model and one tensor."""
+    student, source = open_encoder(checkpoint, weights)
+    load_weights(student, source)
     return student
 
 

@@ -195,6 +195,11 @@ def other_tokenizer(checkpoint: Checkpoint, extras: Mapping[str, bytes]) -> bool
 def check_resumable(checkpoint: Checkpoint, config: Config, extras: Mapping[str, bytes]) -> None:
     """Raise UserError where `checkpoint` is of another model, another tokenizer, or another stream of samples, than
     `config` and the run's `extras`."""
+    if "progress" not in checkpoint.index.state:
+        raise UserError(
+            f"{checkpoint.directory}: holds imported weights and no run to resume; name it with train.init, and "
+            "another train.output_dir"
+        )
     if other_tokenizer(checkpoint, extras):
         raise UserError(
             f"text.tokenizer: the run in {checkpoint.directory} has another one, whose ids stand for other pieces; "

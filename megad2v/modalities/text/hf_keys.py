@@ -54,7 +54,7 @@ LONGEST_EXAMPLE = 512
 
 _LAYER = "encoder.layer.*"
 _TOKENS, _POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
-_SEGMENTS = "embeddings.token_type_embeddings.weight"
+SEGMENTS = "embeddings.token_type_embeddings.weight"
 _MAP = KeyMap(
     MODEL_CLASS,
     plain={
@@ -164,7 +164,7 @@ def to_hugging_face(parameters: Mapping[str, Tensor], config: Config) -> dict[st
     """
     state = _MAP.to_theirs({n: p for n, p in parameters.items() if not n.startswith("head.")}, config)
     if _POSITIONS in state:
-        state[_SEGMENTS] = state[_POSITIONS].new_zeros(1, config.model.width)
+        state[SEGMENTS] = state[_POSITIONS].new_zeros(1, config.model.width)
     return state
 
 
@@ -172,12 +172,12 @@ def from_hugging_face(state: Mapping[str, Tensor], config: Config) -> dict[str, 
     """Our parameters, without the head, from a state dict of theirs. What they add for the one kind of segment goes
     into the positions, `<pad>`'s left out; the pooler is left behind. Raises UserError for a tensor that has no place
     in ours, such as another model's."""
-    kept = {n: t for n, t in state.items() if n != _SEGMENTS and not n.startswith(NEW_THERE)}
+    kept = {n: t for n, t in state.items() if n != SEGMENTS and not n.startswith(NEW_THERE)}
     ours = _MAP.to_ours(kept, config)
-    if _SEGMENTS in state:
-        segments = state[_SEGMENTS]
+    if SEGMENTS in state:
+        segments = state[SEGMENTS]
         if len(segments) != 1:
-            raise UserError(f"{_SEGMENTS}: {len(segments)} kinds of segments; our text model knows one")
+            raise UserError(f"{SEGMENTS}: {len(segments)} kinds of segments; our text model knows one")
         table = ours["front_end.positions.weight"].clone()
         table[PAD + 1 :] += segments
         ours["front_end.positions.weight"] = table
