@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -34,6 +35,8 @@ from tests.checkpoints import (
     small_text_config,
     write_small_checkpoint,
 )
+from tests.cli.conftest import TINY
+from tests.distributed.harness import REPOSITORY, run_command
 from tools import convert_checkpoint
 
 _SPEECH = small_speech_config()
@@ -392,3 +395,36 @@ def test_any_wrong_tensor_in_an_import_fails(
         calls = 0
         capsys.readouterr()
         assert_refused(capsys, words, *arguments, code=1)
+
+
+# --- training from an import
+
+
+@pytest.mark.timeout(200)
+def test_training_starts_from_an_import(demo_shards: Path, tmp_path: Path) -> None:
+    """train.init takes student and teacher as they were in the other program's file; a resume is refused."""
+    shape = {"model__width": 32, "model__depth": 2, "model__heads": 2, "targets__layers": 2, "vision__image_size": 32}
+    run = written(tmp_path, load_config("vision_tiny", **shape))
+    back = there_and_back(run, tmp_path, "beit")
+    command = [sys.executable, "launch/pretrain.py", "--deepspeed", "ds_configs/zero2.json", *TINY]
+    command += ["--data.shards", str(demo_shards / "train"), "--train.steps", "1", "--train.log_every", "1"]
+    frozen = [
+        "--teacher.decay_start",
+        "1",
+        "--teacher.decay_end",
+        "1",
+        "--optimizer.lr",
+        "1e-30",
+        "--schedule.min_lr",
+        "0",
+    ]
+    first = [*command, *frozen, "--train.init", str(tmp_path / "back"), "--train.output_dir", str(tmp_path / "first")]
+    done = run_command(first, timeout=90, cwd=REPOSITORY, ranks=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(back.names('student'))} parameters matched" in done.stdout
+    for word in ("missing:", "unused:", "has not ended"):
+        assert word not in done.stdout
+    assert_bit_equal(back, open_checkpoint(tmp_path / "first"))
+    resumed = [*command, "--train.output_dir", str(tmp_path / "back")]
+    done = run_command(resumed, timeout=90, cwd=REPOSITORY, ranks=1)
+    assert done.returncode == 2 and "imported weights and no run to resume; name it with train.init" in done.stderr
