@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -348,6 +350,53 @@ def test_bad_folders_and_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert_refused(capsys, "goes with --input", "--from", "hf", *out)
     assert_refused(capsys, "goes with --checkpoint", "--to", "fairseq", "--input", folder, *out)
     assert_refused(capsys, "no checkpoint here", "--to", "fairseq", "--checkpoint", folder, *out)
+
+
+# --- files as older programs left them
+
+
+def test_half_precision_flat_arguments_and_numpy(tmp_path: Path) -> None:
+    """What a run of fairseq's in fp16 leaves, with arguments as before hydra, and a NumPy number among its meters."""
+    run = written(tmp_path, _SPEECH)
+    assert convert("--checkpoint", run, "--to", "fairseq", "--output", tmp_path / "out") == 0
+    content = torch.load(tmp_path / "out" / FILE, weights_only=True)  # noqa: TID251 - ours
+    model, task = (dict(content["cfg"][section]) for section in ("model", "task"))
+    content["args"] = argparse.Namespace(**{**task, **model, "arch": model.pop("_name")})
+    content["cfg"] = None
+    content["extra_state"]["best"] = np.float64(1.5)
+    halves = {n: v.half() for n, v in content["model"].items() if isinstance(v, Tensor)}
+    content["model"] |= halves
+    torch.save(content, tmp_path / "old.pt")
+    assert convert("--from", "fairseq", "--input", tmp_path / "old.pt", "--output", tmp_path / "back") == 0
+    back, state = open_checkpoint(tmp_path / "back"), small_state(_SPEECH)
+    for name, value in back.tensors("student"):
+        assert torch.equal(value, state["student"][name].half().float()), name
+    for name, value in back.tensors("teacher"):
+        assert torch.equal(value, state["teacher"][name]), name  # in float32 all along
+
+
+def test_released_text_has_another_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RoBERTa's head in place of the regression head (fairseq issue 4535), old names, and no teacher."""
+    run = written(tmp_path, small_text_config())
+    assert convert("--checkpoint", run, "--to", "fairseq", "--output", tmp_path / "out") == 0
+    content = torch.load(tmp_path / "out" / FILE, weights_only=True)  # noqa: TID251 - ours
+    model = {n: v for n, v in content["model"].items() if "regression_head" not in n and not n.endswith("_ema")}
+    model |= {"encoder.lm_head.dense.weight": torch.ones(24, 24), "encoder.lm_head.bias": torch.ones(101)}
+    old = {name.replace(".layernorm_embedding.", ".emb_layer_norm."): value for name, value in model.items()}
+    content["model"] = {"decoder." + name.removeprefix("encoder."): value for name, value in old.items()}
+    torch.save(content, tmp_path / "old.pt")
+    capsys.readouterr()
+    assert convert("--from", "fairseq", "--input", tmp_path / "old.pt", "--output", tmp_path / "back") == 0
+    said = capsys.readouterr().out
+    for words in (
+        "left out, since data2vec does not use them: encoder.lm_head.dense.weight, encoder.lm_head.bias",
+        "head.0.weight: not in the file; starts new (model.init bert",
+        "teacher: not in the file; all 38 parameters start as the student's",
+    ):
+        assert words in said, said
+    back, state = open_checkpoint(tmp_path / "back"), small_state(small_text_config())
+    for name, value in back.tensors("student"):
+        assert name.startswith("head.") or torch.equal(value, state["student"][name]), name
 
 
 # --- the certificate
