@@ -18,12 +18,12 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = [sys.executable, "tools/make_demo_data.py", str(root / f"data-{part}")]
         run_command(
             [*data, "--only", "image", "--images-per-class", str(per_class), "--seed", str(seed)],
-            timeout=60,
+            timeout=150,
             cwd=REPOSITORY,
         ).check_returncode()
         shards = [sys.executable, "tools/make_shards.py", "image", "--input", str(root / f"data-{part}" / "image")]
         run_command(
-            [*shards, "--output", str(root / part), "--max-shard-size", "100KB"], timeout=60, cwd=REPOSITORY
+            [*shards, "--output", str(root / part), "--max-shard-size", "100KB"], timeout=150, cwd=REPOSITORY
         ).check_returncode()
     return root
 

@@ -119,17 +119,17 @@ def test_refused_resume_leaves_the_run_as_it_was(demo_shards: Path, tmp_path: Pa
     run, script = tmp_path / "run", [sys.executable, "launch/pretrain.py", "--deepspeed", "ds_configs/zero2.json"]
     command = [*script, *TINY, "--data.shards", str(demo_shards / "train"), "--train.output_dir", str(run)]
     command += ["--train.steps", "3", "--train.log_every", "1"]
-    assert run_command(command, timeout=60, cwd=REPOSITORY, ranks=1).returncode == 0
+    assert run_command(command, timeout=150, cwd=REPOSITORY, ranks=1).returncode == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "events" not in path.name}
 
     for change, word in ((["--model.mlp_ratio", "2"], "encoder.blocks.0.mlp"), (["--train.seed", "7"], "train.seed")):
-        done = run_command([*command, *change, "--train.steps", "9"], timeout=60, cwd=REPOSITORY, ranks=1)
+        done = run_command([*command, *change, "--train.steps", "9"], timeout=150, cwd=REPOSITORY, ranks=1)
         errors = [line for line in done.stderr.splitlines() if line.startswith("pretrain: error")]
         assert done.returncode == 2 and len(errors) == 1 and word in errors[0], done.stdout + done.stderr
         assert {path: path.read_bytes() for path in before} == before
 
     second = [*command, "--train.init", str(run), "--train.output_dir", str(tmp_path / "second")]
-    done = run_command([*second, "--model.head_layers", "2"], timeout=60, cwd=REPOSITORY, ranks=1)
+    done = run_command([*second, "--model.head_layers", "2"], timeout=150, cwd=REPOSITORY, ranks=1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "weights from" in done.stdout and "unused: head.bias, head.weight" in done.stdout
     assert "missing: head.0.bias, head.0.weight, head.2.bias, head.2.weight" in done.stdout
@@ -139,7 +139,7 @@ def test_refused_resume_leaves_the_run_as_it_was(demo_shards: Path, tmp_path: Pa
     first = Checkpoint(find_checkpoint(run))
     for start in ("teacher", "student"):
         output = ["--train.output_dir", str(tmp_path / start), "--train.init_teacher", start]
-        done = run_command([*frozen, *output], timeout=60, cwd=REPOSITORY, ranks=1)
+        done = run_command([*frozen, *output], timeout=150, cwd=REPOSITORY, ranks=1)
         assert done.returncode == 0, done.stdout + done.stderr
         after = Checkpoint(find_checkpoint(tmp_path / start))
         equal = [torch.equal(after.full("teacher", name), first.full(start, name)) for name in first.names("teacher")]

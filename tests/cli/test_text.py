@@ -31,13 +31,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and valid/ of plain bytes, other/ an unlike vocabulary, and the settings, by the tools."""
     root = tmp_path_factory.mktemp("text")
     tool = [sys.executable, "tools/make_demo_data.py", root / "data", "--only", "text", "--stories", "40"]
-    run_command(tool, timeout=60, cwd=REPOSITORY).check_returncode()
+    run_command(tool, timeout=150, cwd=REPOSITORY).check_returncode()
     tool = [sys.executable, "tools/train_tokenizer.py", "--model", "byte", "--output", root / "tokenizer"]
-    run_command(tool, timeout=60, cwd=REPOSITORY).check_returncode()
+    run_command(tool, timeout=150, cwd=REPOSITORY).check_returncode()
     for part in ("train", "valid"):
         tool = [sys.executable, "tools/make_shards.py", "text", "--input", root / "data/text", "--output", root / part]
         tool += ["--tokenizer", root / "tokenizer", "--document", "blank-lines"]
-        run_command(tool, timeout=60, cwd=REPOSITORY).check_returncode()
+        run_command(tool, timeout=150, cwd=REPOSITORY).check_returncode()
     (root / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
     return root
 

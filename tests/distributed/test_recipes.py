@@ -27,10 +27,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "text": str(write_text(output / "text", [story(60, seed) for seed in range(16)])),
     }
     arguments = {"recipes": RECIPES, "shards": shards}
-    return run_ranks("tests.distributed.jobs_recipes:one_update", RANKS, arguments, timeout=200, output=output)
+    return run_ranks("tests.distributed.jobs_recipes:one_update", RANKS, arguments, timeout=500, output=output)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(540)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_update(recipe: str, results: list[dict[str, Any]]) -> None:
     """The loss is finite, the update taken, and it moves the student, its moments and the teacher on every rank."""
@@ -46,7 +46,7 @@ def test_one_update(recipe: str, results: list[dict[str, Any]]) -> None:
     assert line["lr"] == config.optimizer.lr  # without warm-up the first update has the peak
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(540)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_weight_decay_is_the_recipes_after_an_update(recipe: str, results: list[dict[str, Any]]) -> None:
     """No schedule touches it: what decays, decays by the recipe's one value."""

@@ -75,7 +75,7 @@ def _start(ranks: list[int], size: int, port: int, host: str = "127.0.0.1", **ex
     ended = []
     try:
         for process in started:
-            text, _ = process.communicate(timeout=60)
+            text, _ = process.communicate(timeout=150)
             ended.append(Ended(process.returncode, text))
     finally:
         for process in started:
@@ -221,7 +221,7 @@ def test_same_curve_as_deepspeed(launcher: str, tmp_path: Path) -> None:
         ["make_demo_data.py", str(tmp_path / "data"), "--images-per-class", "6"],
         ["make_shards.py", "image", "--input", str(tmp_path / "data" / "image"), "--output", str(tmp_path / "shards")],
     ):
-        run_command([sys.executable, f"tools/{words[0]}", *words[1:]], timeout=60).check_returncode()
+        run_command([sys.executable, f"tools/{words[0]}", *words[1:]], timeout=150).check_returncode()
     starts = {
         "deepspeed": ["deepspeed", "--num_gpus", "2"],
         "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2"],
