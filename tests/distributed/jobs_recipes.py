@@ -100,7 +100,7 @@ def _update(config: Config, world: Any) -> dict[str, Any]:
             changed[kind] = changed.get(kind, 0) + int(not now.equal(then))
         groups = run.engine.deepspeed.optimizer.param_groups
         return {
-            "line": json.loads((run.directory / "metrics.jsonl").read_text()) if world.is_main else {},
+            "line": json.loads((run.directory / "metrics.jsonl").read_text().splitlines()[0]) if world.is_main else {},
             "updates": run.progress.updates,
             "changed": changed,
             "weight_decay": sorted({group["weight_decay"] for group in groups}),
