@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Features of images, recordings or texts from a checkpoint: any layers, student or teacher, into a folder of arrays."""
+"""Features of images, recordings or texts from a checkpoint: any layers, student or teacher, in a folder of arrays."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,13 @@ class Data2VecEncoder(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def pads_matter(self) -> bool:
+        """Whether padding behind a sample changes its last positions: of speech, since the second convolution of the
+        positions sees what the first made of the zeros (as in fairseq and Hugging Face). `features`, `embed` and
+        extract_features then pad nothing."""
+        return self.encoder.positions is not None
+
     def forward(
         self, inputs: Tensor, padding_bt: Tensor | None = None, *, layer: Layer = None, mask_bt: Tensor | None = None
     ) -> Tensor:
@@ -155,33 +162,32 @@ class Data2VecEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, samples: Any, layer: Layer = None) -> list[Tensor]:
-        """Of each raw sample float32 (T, D), its positions without CLS and without padding, on the model's device.
-        Raises UserError where a sample cannot be used."""
-        batch = self._prepared(samples)
-        (x_btd,) = self._evaluated(batch, [layer])
-        lengths = position_lengths(batch)
-        return [x_td[:length].clone() for x_td, length in zip(x_btd[:, self.prefix_tokens :], lengths, strict=True)]
+        """Of each raw sample float32 (T, D), its positions without CLS and without padding, on the model's device; what
+        it would be alone, to rounding. Raises UserError where a sample cannot be used."""
+        found: list[Tensor] = []
+        for batch, x_btd in self._evaluated(samples, layer):
+            found += [x_td[:length].clone() for x_td, length in zip(x_btd, position_lengths(batch), strict=True)]
+        return found
 
     @torch.no_grad()
     def embed(self, samples: Any, layer: Layer = None) -> Tensor:
         """float32 (B, D): the mean of `features` over positions, one for each raw sample. Raises UserError."""
-        batch = self._prepared(samples)
-        (x_btd,) = self._evaluated(batch, [layer])
-        return mean_over_positions(x_btd[:, self.prefix_tokens :], batch.padding_bt)
+        return torch.cat([mean_over_positions(x, batch.padding_bt) for batch, x in self._evaluated(samples, layer)])
 
-    def _prepared(self, samples: Any) -> Batch:
-        batch = self.prepare(samples)
-        if batch.dropped:
-            raise UserError(f"sample {batch.dropped[0][0]}: {batch.dropped[0][1]}")
-        if not batch.sample_ids:
+    def _evaluated(self, samples: Any, layer: Layer) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches, and the layer without prefix, float32 (B, T, D)."""
+        several = samples if isinstance(samples, list) else [samples]
+        if not several:
             raise UserError("no sample was given")
-        return batch.to(self.device)
-
-    def _evaluated(self, batch: Batch, layers: Iterable[Layer]) -> list[Tensor]:
         training = self.training
         self.eval()
         try:
-            return [x.float() for x in self.layers(batch.inputs, batch.padding_bt, list(layers))]
+            for first in range(0, len(several), 1 if self.pads_matter else len(several)):
+                part = several[first:] if not self.pads_matter else several[first : first + 1]
+                batch = self.prepare(part, [str(first + number) for number in range(len(part))]).to(self.device)
+                if batch.dropped:
+                    raise UserError(f"sample {batch.dropped[0][0]}: {batch.dropped[0][1]}")
+                yield batch, self(batch.inputs, batch.padding_bt, layer=layer)[:, self.prefix_tokens :].float()
         finally:
             self.train(training)
 

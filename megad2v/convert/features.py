@@ -42,24 +42,26 @@ def layer_name(layer: Layer) -> str:
 def batches(
     encoder: Data2VecEncoder, samples: Iterable[tuple[str, Any]], budget: int, skipped: list[tuple[str, str]]
 ) -> Iterator[Batch]:
-    """Samples in their order, as many to a batch as `budget` positions hold, padding counted, and at least one. Those
-    that cannot be used go to `skipped`."""
+    """Samples in their order, as many to a batch as `budget` positions hold, padding counted, and at least one; where
+    padding would change features (`pads_matter`) of one length only. Those that cannot be used go to `skipped`."""
     rows: list[Any] = []
     ids: list[str] = []
-    longest = 0
+    longest, size = 0, torch.Size()
     for sample_id, sample in samples:
         try:
             row = encoder.prepare_one(sample, sample_id)
         except BadSample as error:
             skipped.append((sample_id, str(error)))
             continue
-        (length,) = position_lengths(encoder.transform.collate([row], [sample_id], [-1], []))
-        if rows and max(longest, length) * (len(rows) + 1) > budget:
+        alone = encoder.transform.collate([row], [sample_id], [-1], [])
+        (length,) = position_lengths(alone)
+        unlike = encoder.pads_matter and alone.inputs.shape != size
+        if rows and (unlike or max(longest, length) * (len(rows) + 1) > budget):
             yield encoder.transform.collate(rows, ids, [-1] * len(ids), [])
             rows, ids, longest = [], [], 0
         rows.append(row)
         ids.append(sample_id)
-        longest = max(longest, length)
+        longest, size = max(longest, length), alone.inputs.shape
     if rows:
         yield encoder.transform.collate(rows, ids, [-1] * len(ids), [])
 
