@@ -19,6 +19,7 @@ class Mutant:
 OBJECTIVE, DATA2VEC, MODELS = (f"tests/unit/test_{name}.py" for name in ("objective", "data2vec", "models"))
 LAYOUT = "tests/distributed/test_layouts.py::test_same_step_as_plain_torch"
 ORACLE = "tests/distributed/test_layouts.py::test_teacher_equals_float64_oracle"
+FOREIGN = "tests/cli/test_convert_foreign.py"
 GUARD = "tests/distributed/test_guard.py"
 PARALLEL = "tests/distributed/test_parallel.py"
 AUGMENT = "tests/unit/test_augment.py"
@@ -982,5 +983,90 @@ MUTANTS = (
         "            ids.append(EOS)\n",
         "",
         "tests/unit/test_make_shards_text.py::test_documents_and_sentences",
+    ),
+    # --- other programs' checkpoints
+    Mutant(
+        "the exported teacher is the student",
+        "megad2v/convert/fairseq.py",
+        "ema = {**model, **keys.to_fairseq(teacher, config)}",
+        "ema = model",
+        f"{FOREIGN}::test_fairseq_there_and_back",
+    ),
+    Mutant(
+        "fairseq is told another number of target layers",
+        "megad2v/modalities/fairseq_cfg.py",
+        '"average_top_k_layers": targets.layers,',
+        '"average_top_k_layers": targets.layers - 1,',
+        f"{FOREIGN}::test_fairseq_there_and_back",
+    ),
+    Mutant(
+        "the port's unused head is not written",
+        "megad2v/convert/fairseq.py",
+        "{**keys.to_fairseq(student, config), **keys.unused(config)}",
+        "keys.to_fairseq(student, config)",
+        f"{FOREIGN}::test_names_and_values_are_fairseqs_own",
+    ),
+    Mutant(
+        "published vision goes to fairseq's port",
+        "megad2v/modalities/vision/fairseq_config.py",
+        'teacher.scope != "encoder", f"shares',
+        'False, f"shares',
+        f"{FOREIGN}::test_what_the_other_program_cannot_compute",
+    ),
+    Mutant(
+        "pickles are read without restrictions",
+        "megad2v/convert/torch_file.py",
+        "weights_only=True)",
+        "weights_only=False)",
+        f"{FOREIGN}::test_bad_files",
+    ),
+    Mutant(
+        "a missing tensor starts new instead of being an error",
+        "megad2v/convert/foreign.py",
+        "if name not in optional and not name.endswith(BUFFERS):",
+        "if False:",
+        f"{FOREIGN}::test_bad_files",
+    ),
+    Mutant(
+        "the second program takes the key map's word",
+        "megad2v/convert/certificate.py",
+        "self.relative <= TOLERANCE and self.relative_float64 <= tolerance_float64",
+        "True",
+        f"{FOREIGN}::test_a_wrong_map_that_undoes_itself_fails",
+    ),
+    Mutant(
+        "an import's teacher is not compared",
+        "megad2v/convert/importing.py",
+        "if found.teacher_forward is not None:",
+        "if False:",
+        f"{FOREIGN}::test_any_wrong_tensor_in_an_import_fails",
+    ),
+    Mutant(
+        "an import's teacher starts as the student",
+        "megad2v/convert/importing.py",
+        "found.teacher.get(name, student[name])",
+        "student[name]",
+        f"{FOREIGN}::test_beit_there_and_back",
+    ),
+    Mutant(
+        "Hugging Face's epsilon is not read",
+        "megad2v/convert/hf_incoming.py",
+        'norm_eps=float(settings.get("layer_norm_eps", eps)),',
+        "norm_eps=eps,",
+        "tests/parity/test_released_hugging_face.py::test_released_configurations",
+    ),
+    Mutant(
+        "a resume from imported weights is not refused in words",
+        "megad2v/training/state.py",
+        'if "progress" not in checkpoint.index.state:',
+        "if False:",
+        f"{FOREIGN}::test_training_starts_from_an_import",
+    ),
+    Mutant(
+        "an import's head is not compared",
+        "megad2v/convert/importing.py",
+        "for name in differing(kept, theirs):",
+        "for name in []:",
+        f"{FOREIGN}::test_any_wrong_tensor_in_an_import_fails",
     ),
 )

@@ -31,7 +31,10 @@ def run_fairseq(file: Path, student: Student, config: Config) -> dict[str, Any]:
     fairseq, why = import_fairseq()
     if fairseq is None:
         return {"run": False, "why": why}
-    model = load_model(file)
+    try:
+        model = load_model(file)
+    except Exception as error:  # whatever its loader raises
+        raise CertificateError(f"fairseq does not load the file ({type(error).__name__}: {error})") from error
     example = HUGGING_FACE[config.modality].example(config, torch.Generator().manual_seed(SEED))
     if config.modality == "text":  # fairseq zeroes what padding holds: the first row has none
         example = example._replace(inputs=example.inputs[:1], padding_bt=None)

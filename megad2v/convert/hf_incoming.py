@@ -14,16 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megad2v.config.load import load_config
 from megad2v.config.schema import Config
 from megad2v.convert.certificate import Theirs, of_transformers, quiet, require_transformers
 from megad2v.convert.foreign import MAY_LACK, fit, parameter_shapes
-from megad2v.convert.incoming import LARGE, Incoming, find_tokenizer, recipe
+from megad2v.convert.incoming import LARGE, Incoming, find_tokenizer
 from megad2v.convert.torch_file import read_torch_file, tensors_of
 from megad2v.errors import UserError
 from megad2v.modalities.build import HUGGING_FACE
 from megad2v.modalities.keys import Example
 from megad2v.modalities.text.codecs import PAD
-from megad2v.modalities.text.hf_keys import SEGMENTS
+from megad2v.modalities.text.hf_keys import POSITIONS, SEGMENTS
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _DROPPED = ("lm_head.", "pooler.", "classifier.", "projector.", "qa_outputs.")
@@ -42,7 +43,7 @@ def read_hugging_face(folder: Path, tokenizer: Path | None = None) -> Incoming:
         "text": ("text_base_fairseq", "text_large"),
         "vision": ("vision_base", "vision_large"),
     }[modality]
-    base = recipe(large if depth >= LARGE else small)
+    base = load_config(large if depth >= LARGE else small)
     base = replace(base, targets=replace(base.targets, layers=min(base.targets.layers, depth)))
     config = read(base, settings)
     config = replace(config, train=replace(config.train, steps=0))
@@ -63,10 +64,13 @@ def read_hugging_face(folder: Path, tokenizer: Path | None = None) -> Incoming:
     )
     forward = _forward(transformers, folder, None if not mean_pooling else config.model.norm_eps)
     found = Incoming(f"Hugging Face's {keys.MODEL_CLASS}", config, student, forward)
+    found.tensors, found.to_theirs = state, keys.to_hugging_face
     if left or dropped:
         found.report.append(f"left out, since they belong to a task: {', '.join((*left, *dropped))}")
     if modality == "text":
         found.rounded = bool(state[SEGMENTS].any())
+        if found.rounded:  # the two tables became one
+            found.tensors = {name: value for name, value in state.items() if name not in (SEGMENTS, POSITIONS)}
         find_tokenizer(folder, tokenizer, found)
     elif tokenizer is not None:
         raise UserError(f"--tokenizer: is for text; {folder} holds a {keys.MODEL_CLASS}")

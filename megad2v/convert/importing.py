@@ -22,7 +22,8 @@ from megad2v.checkpoint.layout import Piece
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.stream import sha256_of
 from megad2v.checkpoint.writer import CheckpointError, write_alone
-from megad2v.convert.certificate import SEED, compare_layers, versions
+from megad2v.convert.certificate import SEED, CertificateError, compare_layers, versions
+from megad2v.convert.foreign import BUFFERS, differing
 from megad2v.convert.hf import CERTIFICATE, check_output, written_aside
 from megad2v.convert.hf_incoming import read_hugging_face
 from megad2v.convert.incoming import Incoming, read_beit, read_fairseq
@@ -119,7 +120,7 @@ def completed(found: Incoming) -> tuple[Tensors, Tensors, list[str]]:
             f"{name}: not in the file's teacher; starts as the student's" for name in names if name not in found.teacher
         ]
     if found.config.modality == "text" and found.tokenizer is None:
-        lines.append("tokenizer: none beside the file; name one with --tokenizer, or the model can only be trained on")
+        lines.append("tokenizer: none; the model can be trained, and a run stores the one of its shards")
     return student, teacher, lines
 
 
@@ -161,7 +162,24 @@ def certify_import(checkpoint: Checkpoint, found: Incoming) -> dict[str, Any]:
         parity["teacher"] = _compared(
             teacher, found.teacher_forward, example, f"the teacher in {found.program}", found.rounded
         )
-    return {**parity, "versions": versions()}
+    return {**parity, "round_trip": _round_trip(checkpoint, found), "versions": versions()}
+
+
+def _round_trip(checkpoint: Checkpoint, found: Incoming) -> dict[str, int]:
+    """What is stored, in the file's own names again: every tensor to the bit, the head's too, which no hidden state
+    depends on. Raises CertificateError."""
+    assert found.to_theirs is not None
+    compared = 0
+    for kind, ours, theirs in (
+        ("student", found.student, found.tensors),
+        ("teacher", found.teacher, found.teacher_tensors),
+    ):
+        back = found.to_theirs({name: checkpoint.full(kind, name) for name in ours}, found.config)
+        kept = {name: value for name, value in back.items() if name in theirs and not name.endswith(BUFFERS)}
+        for name in differing(kept, theirs):
+            raise CertificateError(f"{name} of the {kind} does not come back as it was in {found.program}")
+        compared += len(kept)
+    return {"tensors": compared, "differing": 0}
 
 
 def _compared(model: Any, forward: Callable[..., Any], example: Example, what: str, rounded: bool) -> dict[str, Any]:

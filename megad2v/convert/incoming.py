@@ -21,7 +21,7 @@ from megad2v.config.load import load_config
 from megad2v.config.schema import Config
 from megad2v.convert import plain
 from megad2v.convert.certificate import Theirs
-from megad2v.convert.foreign import fit, parameter_shapes
+from megad2v.convert.foreign import Mapped, fit, parameter_shapes
 from megad2v.convert.torch_file import read_torch_file, tensors_of
 from megad2v.errors import UserError
 from megad2v.modalities.fairseq_cfg import with_training
@@ -56,14 +56,14 @@ class Incoming:
     step: int = 0
     report: list[str] = field(default_factory=list)
     """For people: what the file says that is unusual, and what was left out."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """What `student` was made of, in the file's own names and layout."""
+    teacher_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    to_theirs: Mapped | None = None
+    """The key map back: what is stored has to become `tensors` again."""
     tokenizer: Tokenizer | None = None
     rounded: bool = False
     """Whether some of `student` are sums of what the file holds, rounded to float32."""
-
-
-def recipe(name: str) -> Config:
-    """The recipe that an imported model goes on with, where its file does not say. One that is not there is a bug."""
-    return load_config(name)
 
 
 def plain_forward(modality: str, state: Mapping[str, Tensor], shape: plain.Shape) -> Theirs:
@@ -116,7 +116,7 @@ def read_fairseq(path: Path, tokenizer: Path | None = None) -> Incoming:
     state = keys.renamed(tensors_of(state, f"{path}, model"))
     names = keys.RECIPES
     depth = int(model.get("encoder_layers", 12)) if modality == "speech" else 0
-    base = recipe(names[-1] if depth >= LARGE else names[0])
+    base = load_config(names[-1] if depth >= LARGE else names[0])
     config = with_training(keys.read(base, model, task), cfg)
     if modality == "text":
         config = text_fairseq.with_vocabulary(config, state)
@@ -133,6 +133,7 @@ def read_fairseq(path: Path, tokenizer: Path | None = None) -> Incoming:
     )
     shape = plain_shape(modality, model)
     found = Incoming(f"fairseq's {keys.MODEL}", config, student, plain_forward(modality, state, shape), step=step)
+    found.tensors, found.to_theirs = state, keys.to_fairseq
     if left:
         found.report.append(f"left out, since data2vec does not use them: {', '.join(left)}")
     if modality == "text":
@@ -167,7 +168,8 @@ def _add_teacher(
         lacking=(),
         dropped=dropped,
     )
-    merged = {**state, **{n: v for n, v in theirs.items() if n in keys.to_fairseq(names, config)}}
+    found.teacher_tensors = {n: v for n, v in theirs.items() if n in keys.to_fairseq(names, config)}
+    merged = {**state, **found.teacher_tensors}
     found.teacher_forward = plain_forward(config.modality, merged, shape)
 
 
@@ -252,11 +254,13 @@ def read_beit(path: Path) -> Incoming:
     student, _ = take(state, where=f"{path}, model", names=parameter_shapes(config))
     shape = plain.Shape(config.model.heads, BEIT_EPS)
     found = Incoming("the BEiT fork's model", config, student, plain_forward("vision", state, shape), step=step)
+    found.tensors, found.to_theirs = state, to_beit
     if isinstance(file.get("model_ema"), Mapping):
         averaged = tensors_of(file["model_ema"], f"{path}, model_ema")
         names = parameter_shapes(config, "teacher")
         where = f"{path}, model_ema"
         found.teacher, _ = take(averaged, where=where, names=names, lacking=("front_end.mask_token",), dropped=("lm_",))
+        found.teacher_tensors = averaged
         found.teacher_forward = plain_forward("vision", {**state, **averaged}, shape)
     return found
 
@@ -273,7 +277,7 @@ def _beit_config(state: Mapping[str, Tensor], path: Path) -> Config:
         raise UserError(f"{path}: {why}; expected a pretrained one, with rel_pos_bias.relative_position_bias_table")
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     grid = (round(math.sqrt(len(table) - 3)) + 1) // 2
-    base = recipe("vision_large" if depth >= LARGE else "vision_base")
+    base = load_config("vision_large" if depth >= LARGE else "vision_base")
     width, patch = patches.shape[0], patches.shape[2]
     model = replace(
         base.model, width=width, depth=depth, heads=table.shape[1], mlp_ratio=hidden.shape[0] / width, norm_eps=BEIT_EPS

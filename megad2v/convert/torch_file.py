@@ -14,14 +14,16 @@ from torch import Tensor
 
 from megad2v.errors import UserError
 
+_SCALAR = np.float64(0).__reduce__()[0]
+"""What NumPy's numbers are unpickled by."""
 ALLOWED: tuple[Any, ...] = (
     argparse.Namespace,  # arguments of older fairseq and of the BEiT fork: a bag of attributes
     np.dtype,
     np.float64,
     type(np.dtype(np.float64)),  # numbers among a trainer's meters
     type(np.dtype(np.int64)),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # where numpy 1 has it
-    np._core.multiarray.scalar,
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # where numpy 1 has it
+    (_SCALAR, "numpy._core.multiarray.scalar"),
 )
 """What may be in a file beside tensors, numbers, strings and containers. All of it is data: building one runs no code
 of the file's choosing."""

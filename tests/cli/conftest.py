@@ -17,7 +17,9 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, per_class, seed in (("train", 12, 1), ("valid", 5, 2)):
         data = [sys.executable, "tools/make_demo_data.py", str(root / f"data-{part}")]
         run_command(
-            [*data, "--images-per-class", str(per_class), "--seed", str(seed)], timeout=60, cwd=REPOSITORY
+            [*data, "--only", "image", "--images-per-class", str(per_class), "--seed", str(seed)],
+            timeout=60,
+            cwd=REPOSITORY,
         ).check_returncode()
         shards = [sys.executable, "tools/make_shards.py", "image", "--input", str(root / f"data-{part}" / "image")]
         run_command(

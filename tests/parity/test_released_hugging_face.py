@@ -108,6 +108,8 @@ def test_released_configurations(kind: str, settings: dict[str, Any], tmp_path: 
     """Equal outputs both ways, and the report names what each file lacks."""
     report = "\n".join(check(kind, settings, tmp_path))
     assert "teacher: not in the file" in report
+    parity = json.loads((tmp_path / "ours" / "parity.json").read_text())
+    assert parity["round_trip"]["tensors"] > 40 and parity["round_trip"]["differing"] == 0
     assert ("head.weight" in report) != ("Text" in kind)
     if "Text" in kind:
         assert "head.0.weight: not in the file; starts new (model.init bert" in report

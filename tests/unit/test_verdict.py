@@ -190,7 +190,7 @@ def test_where_a_stopped_run_can_go_back_to(tmp_path: Path, monkeypatch: pytest.
             raise CheckpointError("No space left on device")
 
     monkeypatch.setattr(loop, "save_checkpoint", save)
-    run = SimpleNamespace(directory=tmp_path, progress=Progress(step=40), logger=None)
+    run = SimpleNamespace(directory=tmp_path, progress=Progress(step=40), logger=None, background=None)
     with pytest.raises(BadNumericState) as caught:
         loop._stop(run, Halt("what happened", since=30, advice="Do this"))
     said = str(caught.value)

@@ -53,13 +53,13 @@ states of a teacher, not words.
 LONGEST_EXAMPLE = 512
 
 _LAYER = "encoder.layer.*"
-_TOKENS, _POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
+_TOKENS, POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
 SEGMENTS = "embeddings.token_type_embeddings.weight"
 _MAP = KeyMap(
     MODEL_CLASS,
     plain={
         "front_end.tokens.weight": _TOKENS,
-        "front_end.positions.weight": _POSITIONS,
+        "front_end.positions.weight": POSITIONS,
         "encoder.norm.weight": "embeddings.LayerNorm.weight",
         "encoder.norm.bias": "embeddings.LayerNorm.bias",
         "encoder.blocks.*.attention.output.bias": f"{_LAYER}.attention.output.dense.bias",
@@ -163,8 +163,8 @@ def to_hugging_face(parameters: Mapping[str, Tensor], config: Config) -> dict[st
     Raises KeyError for a parameter that has no counterpart.
     """
     state = _MAP.to_theirs({n: p for n, p in parameters.items() if not n.startswith("head.")}, config)
-    if _POSITIONS in state:
-        state[SEGMENTS] = state[_POSITIONS].new_zeros(1, config.model.width)
+    if POSITIONS in state:
+        state[SEGMENTS] = state[POSITIONS].new_zeros(1, config.model.width)
     return state
 
 
