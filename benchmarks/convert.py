@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -73,10 +74,10 @@ def measure(recipe: str, folder: Path, weights: str) -> dict[str, Any]:
     small = dataclasses.replace(small, targets=dataclasses.replace(small.targets, layers=1))
     write(folder / "run", config, tokenizer)
     write(folder / "small", small, tokenizer)
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), _cpu_seconds()
     command = ["--checkpoint", folder / "run", "--to", "hf", "--weights", weights, "--output", folder / "out"]
     run(REPOSITORY / "tools" / "convert_checkpoint.py", *command)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - spent
     sizes = {name: 4 * p.numel() for name, p in parameter_shapes(config).items()}
     parity = json.loads((folder / "out" / "parity.json").read_text())
     said = run(__file__, "--memory-of", folder / "small", folder / "run", folder / "again", "--weights", weights)
@@ -90,11 +91,18 @@ def measure(recipe: str, folder: Path, weights: str) -> dict[str, Any]:
         "largest_tensor": largest,
         "largest_tensor_mb": sizes[largest] / 1e6,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         **json.loads(said.splitlines()[-1]),
         "input": parity["input"],
         "relative_float64": parity["relative_float64"],
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that ended: what the command takes where nothing else runs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def run(program: Path | str, *arguments: object) -> str:

@@ -32,6 +32,7 @@ TEXT = "tests/unit/test_text_front_end.py"
 HF_TEXT = "tests/parity/test_hugging_face_text.py"
 TEXT_MASKS, TEXT_ROWS = "tests/unit/test_text_masking.py", "tests/unit/test_text_transforms.py"
 RESUME = "tests/unit/test_make_shards_resume.py::{}"
+STREAMED, FEATURES = "tests/unit/test_streamed.py", "tests/cli/test_extract_features.py"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
@@ -1068,5 +1069,48 @@ MUTANTS = (
         "for name in differing(kept, theirs):",
         "for name in []:",
         f"{FOREIGN}::test_any_wrong_tensor_in_an_import_fails",
+    ),
+    # --- exports that stream, features
+    Mutant(
+        "weights kept behind their forward",
+        "megad2v/convert/streamed.py",
+        "    module.register_forward_hook(drop, always_call=True)\n",
+        "",
+        f"{STREAMED}::test_one_module_at_a_time",
+    ),
+    Mutant(
+        "weights kept where a forward fails",
+        "megad2v/convert/streamed.py",
+        "register_forward_hook(drop, always_call=True)",
+        "register_forward_hook(drop)",
+        f"{STREAMED}::test_a_failed_forward_leaves_no_weights",
+    ),
+    Mutant(
+        "ranges of a file from its beginning",
+        "megad2v/checkpoint/stream.py",
+        "file.seek(at + 4 * start)",
+        "file.seek(at)",
+        f"{STREAMED}::test_files_of_tensors",
+    ),
+    Mutant(
+        "features of the block below",
+        "megad2v/metrics/probe.py",
+        "blocks_btd[layer - 1 - depth + last]",
+        "blocks_btd[max(0, layer - 2 - depth + last)]",
+        f"{FEATURES}::test_equal_to_hugging_face",
+    ),
+    Mutant(
+        "speech features in padded batches",
+        "megad2v/convert/features.py",
+        "unlike = encoder.pads_matter and alone.inputs.shape != size",
+        "unlike = False",
+        f"{FEATURES}::test_files_are_as_described",
+    ),
+    Mutant(
+        "CLS among the features",
+        "megad2v/convert/features.py",
+        "_rows(x_btd[:, encoder.prefix_tokens :]",
+        "_rows(x_btd",
+        f"{FEATURES}::test_equal_to_the_probe_on_shards",
     ),
 )

@@ -22,6 +22,7 @@ from megad2v.convert.fairseq import BEIT_FILE, FILE, export_beit, export_fairseq
 from megad2v.convert.hf import export
 from megad2v.convert.importing import import_weights
 from megad2v.convert.load import WEIGHTS, open_checkpoint
+from megad2v.convert.streamed import return_freed_memory
 from megad2v.errors import UserError
 
 TARGETS: dict[str, Callable[..., dict[str, Any]]] = {"hf": export, "fairseq": export_fairseq, "beit": export_beit}
@@ -123,6 +124,7 @@ def _import(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or the error's with one line."""
     args = parser().parse_args(argv)
+    return_freed_memory()
     try:
         print(run(args))
     except (UserError, CertificateError) as error:

@@ -21,10 +21,16 @@ from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.writer import write_file
 from megad2v.config.schema import Config
 from megad2v.convert.certificate import versions
-from megad2v.convert.load import WEIGHTS, checkpoint_config, load_encoder, load_tokenizer, open_checkpoint
-from megad2v.data.format import read_dataset
+from megad2v.convert.load import (
+    WEIGHTS,
+    check_tokenizer,
+    checkpoint_config,
+    load_encoder,
+    load_tokenizer,
+    open_checkpoint,
+    usable_device,
+)
 from megad2v.data.loader import FiniteBatches, labelled_batches
-from megad2v.data.shardset import resolve
 from megad2v.errors import UserError
 from megad2v.metrics import fine_tune
 from megad2v.metrics.probe import chance_level, check_labels, extract, record, score, table
@@ -136,7 +142,7 @@ def _task(args: argparse.Namespace) -> Task:
         raise UserError("--seeds and --epochs: expected at least 1, --lr more than 0")
     if args.fine_tune and args.layer is not None:
         raise UserError("--layer: is for frozen features; fine-tuning trains the whole encoder")
-    device = _device(args.device)
+    device = usable_device(args.device)
     checkpoint = open_checkpoint(args.checkpoint)
     config = checkpoint_config(checkpoint)
     if args.layer is not None and not 1 <= args.layer <= config.model.depth:
@@ -146,24 +152,11 @@ def _task(args: argparse.Namespace) -> Task:
     train, test = (labelled_batches(pattern, config, batch_size, args.workers) for pattern in (args.train, args.test))
     if any(a != b for a, b in zip(train.classes, test.classes)):  # one may have more classes
         raise UserError("--train and --test have different class names; make the test shards with --classes TRAIN")
-    _check_tokenizer(checkpoint, args)
+    tokenizer = load_tokenizer(checkpoint)
+    for option, pattern in (("--train", args.train), ("--test", args.test)):
+        check_tokenizer(tokenizer, option, pattern)
     seed = config.train.seed if args.seed is None else args.seed
     return Task(args, checkpoint, config, device, seed, batch_size, train, test)
-
-
-def _check_tokenizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Ids of another vocabulary would be other words. Raises UserError."""
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is None:
-        return
-    for option, pattern in (("--train", args.train), ("--test", args.test)):
-        for folder in sorted({path.parent for path in resolve(pattern)}):
-            info = read_dataset(folder)
-            if info is not None and info.tokenizer and info.tokenizer["fingerprint"] != tokenizer.fingerprint:
-                raise UserError(
-                    f"{option} {folder}: made with another tokenizer than the checkpoint's run; make them again with "
-                    "make_shards --tokenizer, the folder `tokenizer` beside the shards that it was trained on"
-                )
 
 
 def _frozen(task: Task) -> tuple[str, dict[str, Any], list[str]]:
@@ -217,17 +210,6 @@ def _model(name: str, task: Task, seed: int) -> Student:
     student = build_student(task.config).eval().requires_grad_(False)
     initialise_(student, seed)
     return student.to(task.device)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
-    return device
 
 
 def main(argv: list[str] | None = None) -> int:

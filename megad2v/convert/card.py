@@ -12,6 +12,7 @@ from typing import Any
 
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.schema import Config
+from megad2v.convert.provenance import data_counts, recipe_of
 
 SECTIONS = ("mask", "targets", "loss", "teacher", "optimizer", "schedule")
 """What describes the model and its training, beside `model` and what the modality adds (its CARD_SECTIONS). The others
@@ -66,7 +67,7 @@ def model_card(
     shared = " (with the student's own front end)" if weights == "teacher" and config.teacher.scope == "encoder" else ""
     tree = dataclasses.asdict(config)
     del tree["text"]["tokenizer"]  # a path, too: what the run used lies beside the card
-    sections = {name: tree[name] for name in ("model", *keys.CARD_SECTIONS, *SECTIONS)}
+    sections = {name: tree[name] for name in _sections(keys)}
     return _TEMPLATE.format(
         pipeline=keys.PIPELINE,
         tag=keys.model_config(config)["model_type"],
@@ -81,19 +82,27 @@ def model_card(
         relative=parity["relative"],
         relative_float64=parity["relative_float64"],
         tolerance=parity["tolerance"],
-        rows="\n".join(f"| {name} | {value} |" for name, value in _facts(checkpoint, config, parity).items()),
+        rows="\n".join(f"| {name} | {value} |" for name, value in _facts(checkpoint, config, keys, parity).items()),
         config=json.dumps(sections, indent=1),
     )
 
 
-def _facts(checkpoint: Checkpoint, config: Config, parity: Mapping[str, Any]) -> dict[str, str]:
+def _sections(keys: ModuleType) -> tuple[str, ...]:
+    return "model", *keys.CARD_SECTIONS, *SECTIONS
+
+
+def _facts(checkpoint: Checkpoint, config: Config, keys: ModuleType, parity: Mapping[str, Any]) -> dict[str, str]:
     index, train = checkpoint.index, config.train
+    sections = _sections(keys)
     facts = {
+        "recipe": recipe_of(config, sections),
+        "data": data_counts(config),
         "updates": f"{index.step:,} of {train.steps:,}",
         "micro-batches per update": f"{train.micro_batches_per_step}, each {_budget(config)}",
         "objective": f"{config.targets.tensor} outputs of the teacher's last {config.targets.layers} blocks",
         "seed": str(train.seed),
     }
+    facts = {name: value for name, value in facts.items() if value}
     training, validation = last_metrics(checkpoint.directory.parent.parent / "metrics.jsonl", index.step)
     for title, line in (("training", training), ("validation", validation)):
         for key, value in line.items():

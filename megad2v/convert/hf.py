@@ -92,14 +92,15 @@ def write_weights(path: Path, student: nn.Module, source: Source, keys: ModuleTy
     return sum(shape.numel() for shape in shapes.values()), digest
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises UserError unless `output` is new, an empty folder, or (with `overwrite`) an earlier export."""
+def check_output(output: Path, *, overwrite: bool, mark: str = CERTIFICATE) -> None:
+    """Raises UserError unless `output` is new, an empty folder, or (with `overwrite`) an earlier result, which file
+    `mark` in it says."""
     parent = _existing_parent(Path(os.path.abspath(output)))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{output}: cannot be made, since {parent} is not a folder that may be written to")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / CERTIFICATE).is_file():
+    if not (output / mark).is_file():
         raise UserError(f"{output}: exists and is not an export of ours; name a new folder")
     if not overwrite:
         raise UserError(f"{output}: an earlier export lies there; name a new folder, or give --overwrite to replace it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from megad2v.checkpoint.catalog import find_checkpoint
@@ -12,7 +13,8 @@ from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.schema import Config
 from megad2v.config.tree import config_from_dict
 from megad2v.convert.streamed import Source, load_weights, parameters_on_meta
-from megad2v.data.format import TOKENIZER_FOLDER
+from megad2v.data.format import TOKENIZER_FOLDER, read_dataset
+from megad2v.data.shardset import resolve
 from megad2v.errors import UserError
 from megad2v.modalities.build import build_student
 from megad2v.modalities.text.tokenizer import ABOUT_FILE, Tokenizer
@@ -49,6 +51,30 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         return None
     where = f"{checkpoint.directory}/{TOKENIZER_FOLDER}"
     return Tokenizer.of_files(lambda name: checkpoint.extra(f"{TOKENIZER_FOLDER}/{name}"), where)
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, option: str, pattern: str) -> None:
+    """Ids of another vocabulary would be other words. Raises UserError where shards `pattern` have one; `option` named
+    them."""
+    for folder in sorted({path.parent for path in resolve(pattern)}) if tokenizer is not None else ():
+        info = read_dataset(folder)
+        if info is not None and info.tokenizer and info.tokenizer["fingerprint"] != tokenizer.fingerprint:
+            raise UserError(
+                f"{option} {folder}: made with another tokenizer than the checkpoint's run; make them again with "
+                "make_shards --tokenizer, the folder `tokenizer` beside the shards that it was trained on"
+            )
+
+
+def usable_device(name: str) -> torch.device:
+    """The device that --device names; "auto" is a GPU where there is one. Raises UserError where it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    return device
 
 
 def open_encoder(checkpoint: Checkpoint, weights: Weights) -> tuple[Student, Source]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,14 @@ TEMPERATURE = 0.07
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Inverse regularisation of the linear classifier; cross-validation on the training set picks one."""
 FOLDS = 5
+
+
+class Encoding(Protocol):
+    """What a Student is here: a front end and an encoder."""
+
+    front_end: Any
+    encoder: Any
+    prefix_tokens: int
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,30 @@ def extract(models: Mapping[str, Student], batches: Iterable[Batch], *, layer: i
 
 def pooled(model: Student, batch: Batch, layer: int | None = None) -> Tensor:
     """float32 (B, D): the mean over positions that are not padding, of the output or of block `layer`."""
-    padding_bt = batch.padding_bt
+    (x_btd,) = layer_outputs(model, batch.inputs, batch.padding_bt, [layer])
+    return mean_over_positions(x_btd[:, model.prefix_tokens :], batch.padding_bt)
+
+
+def layer_outputs(
+    model: Encoding,
+    inputs: Tensor,
+    padding_bt: Tensor | None,
+    layers: Sequence[int | None],
+    mask_bt: Tensor | None = None,
+) -> list[Tensor]:
+    """The outputs (B, prefix + T, D) of `layers`, from one pass: blocks from 1, None for the encoder's own output.
+    `mask_bt` bool (B, T): what the front end hides."""
     prefixed_bt = None if padding_bt is None else F.pad(padding_bt, (model.prefix_tokens, 0))
-    clean_btd = model.front_end(batch.inputs, None)[1]
-    last = 0 if layer is None else len(model.encoder.blocks) - layer + 1
-    output_btd, blocks_btd = model.encoder(clean_btd, prefixed_bt, last=last, tensor="block")
-    x_btd = (blocks_btd[0] if blocks_btd else output_btd)[:, model.prefix_tokens :].float()
+    depth = len(model.encoder.blocks)
+    last = max((depth - layer + 1 for layer in layers if layer is not None), default=0)
+    view_btd = model.front_end(inputs, mask_bt)[0]
+    output_btd, blocks_btd = model.encoder(view_btd, prefixed_bt, last=last, tensor="block")
+    return [output_btd if layer is None else blocks_btd[layer - 1 - depth + last] for layer in layers]
+
+
+def mean_over_positions(x_btd: Tensor, padding_bt: Tensor | None) -> Tensor:
+    """float32 (B, D) of (B, T, D); what is padding is left out."""
+    x_btd = x_btd.float()
     if padding_bt is None:
         return x_btd.mean(dim=1)
     kept_bt1 = (~padding_bt).unsqueeze(-1)

@@ -15,10 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megad2v.config.load import parse_command_line
 from megad2v.config.schema import Config
 from megad2v.convert.certificate import TOLERANCE, CertificateError, certify
 from megad2v.convert.hf import check_output, export, written_aside
 from megad2v.convert.load import checkpoint_config, load_encoder, open_checkpoint
+from megad2v.convert.provenance import data_counts, recipe_of
+from megad2v.data.format import DatasetInfo, ShardInfo, write_dataset
 from megad2v.errors import UserError
 from megad2v.modalities.build import build_student
 from megad2v.modalities.speech import hf_keys as speech_keys
@@ -139,7 +142,27 @@ def test_certificate_and_card(run: Path, tmp_path: Path) -> None:
     ):
         assert words in card, words
     assert "99.0" not in card  # a later step's
+    assert "| recipe | its own; " in card and "| data |" not in card
     assert str(tmp_path) not in card
+
+
+def test_the_card_knows_recipe_and_data(tmp_path: Path) -> None:
+    """A recipe with two keys changed, and shards that still lie where they lay; of two of three shards no hours."""
+    text = ["--deepspeed", "none", "--config", "speech_tiny", "--train.steps", "12", "--model.dropout", "0.25"]
+    shards = [ShardInfo(f"speech-{n}.tar", 5, 1, "") for n in range(3)]
+    write_dataset(tmp_path, DatasetInfo(("speech",), 15, tuple(shards), totals={"hours": 1.25}))
+    for shard in shards:
+        (tmp_path / shard.name).touch()
+    for pattern, expected in (
+        (str(tmp_path), "15 samples, 1.25 hours, 3 shards"),
+        (f"{tmp_path}/speech-{{0..1}}.tar", "10 samples, 2 shards"),
+        (str(tmp_path / "gone"), ""),
+    ):
+        config = parse_command_line([*text, "--data.shards", pattern]).config
+        assert data_counts(config) == expected
+        assert recipe_of(config, ("model", "speech", "mask")) == (
+            "`speech_tiny` with `train.steps` 12, `model.dropout` 0.25"
+        )
 
 
 @pytest.mark.parametrize("weights", ["student", "teacher"])

@@ -73,8 +73,15 @@ def read_waveform(data: bytes) -> Waveform:
         raise BadSample(decoder_message(error)) from error
     if len(samples_tc) < (declared or 0):
         raise BadSample(f"truncated: {len(samples_tc)} of {declared} samples")
+    return resampled(samples_tc, rate)
+
+
+def resampled(samples_tc: npt.NDArray[np.float32], rate: int) -> Waveform:
+    """(T, C) at `rate` Hz -> (samples,) at 16 kHz. Raises BadSample for a rate that cannot be meant, for nothing at
+    all, and for samples that are not finite."""
+    check_rate(rate)
     waveform = mono(samples_tc)
-    if rate != SAMPLE_RATE:
+    if rate != SAMPLE_RATE and waveform.size:
         waveform = audio_library("soxr").resample(waveform, rate, SAMPLE_RATE, quality=RESAMPLING)
     if not waveform.size:
         raise BadSample("no samples")

@@ -81,7 +81,10 @@ class SpeechTransform:
 
     def __call__(self, data: bytes, sample_id: str, epoch: int) -> Utterance:
         """One recording. Raises BadSample when it cannot be decoded or is too short."""
-        waveform = read_waveform(data)
+        return self.of_waveform(read_waveform(data), sample_id, epoch)
+
+    def of_waveform(self, waveform: Waveform, sample_id: str, epoch: int) -> Utterance:
+        """The same of what is decoded: float32 (samples,), 16 kHz."""
         if len(waveform) < self._least:
             raise BadSample(f"{len(waveform)} samples, fewer than the {self._least} needed")
         shift, scale = _normalisation(waveform) if self._normalise else (0.0, 1.0)

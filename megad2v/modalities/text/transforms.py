@@ -56,7 +56,10 @@ class TextTransform:
 
     def __call__(self, data: bytes, sample_id: str, epoch: int) -> TextRow:
         """One row. Raises BadSample when the bytes are no tokens, or none of this vocabulary."""
-        tokens = read_tokens(data)
+        return self.of_tokens(read_tokens(data), sample_id, epoch)
+
+    def of_tokens(self, tokens: Tokens, sample_id: str, epoch: int) -> TextRow:
+        """The same of a document's ids, `</s>` behind each sentence."""
         self._check(tokens)
         # Validation is compared over time, so its masks must not follow the epoch.
         key = (self._seed, epoch if self._mode == "train" else self._mode, sample_id)

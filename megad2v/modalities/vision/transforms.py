@@ -113,7 +113,10 @@ class VisionTransform:
 
     def __call__(self, data: bytes, sample_id: str, epoch: int) -> Sample:
         """One sample, the same on every machine. Raises BadSample when the bytes are not a whole image."""
-        image = open_image(data)
+        return self.of_image(open_image(data), sample_id, epoch)
+
+    def of_image(self, image: Image.Image, sample_id: str, epoch: int) -> Sample:
+        """The same of an image that Pillow has opened. Raises BadSample where its pixels cannot be decoded."""
         if self._mode == "train":
             image = self._augmented(image, generator(self._seed, epoch, sample_id, "augment"))
         else:
