@@ -199,6 +199,10 @@ class ShardSet:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
 
+    def stamp(self, shard: int) -> Stamp:
+        """What the index of a shard said of itself and its tar when the set was opened."""
+        return self._stamps[shard]
+
     def index(self, shard: int) -> ShardIndex:
         """The whole index of a shard, mapped. Raises UserError where it is not the one that was there at first."""
         if shard in self._in_memory:
