@@ -11,9 +11,9 @@ the same bytes are made of them. All do the same work on each sample, with the s
     files        a torch Dataset that opens one file for each sample, shuffled by DataLoader
 
 They take turns of a few micro-batches (a step of ours), `--rounds` times, all alive at once, so that what else the
-machine does meets all alike. CPU seconds are those of the process and of the contestant's workers, until these have made
-up for what was taken from them and sleep. Samples per CPU second are samples a second and core; the ratio to the bare
-loop is the median over rounds of the ratio within a round. With 2 workers the bare loop is two processes at once.
+machine does meets all alike. CPU seconds are those of the process and of the contestant's workers, until these have
+made up for what was taken from them and sleep. Samples per CPU second are samples a second and core; the ratio to the
+bare loop is the median over rounds of the ratio within a round. With 2 workers the bare loop is two processes at once.
 `text_blocks` (documents, cut into rows as they are read) has no counterpart outside.
 """
 

@@ -17,7 +17,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from megad2v.data.stored import Origin
 from megad2v.errors import UserError
 from megad2v.modalities.sample import BadSample
 from megad2v.modalities.text.codecs import EOS
-from megad2v.modalities.text.decode import data_start, data_type, write_tokens
+from megad2v.modalities.text.decode import data_start, data_type, token_header
 
 VERSION = (index.VERSION << 8) + 1
 """Raised whenever a field gets another meaning; rows are those of an index."""
@@ -70,10 +70,10 @@ class BlockSet:
         self._in_memory: dict[int, Blocks] = {}
         """Tables that can be kept nowhere."""
         self.shard_sizes = tuple(in_own_order(self._count, range(len(self.paths))))
-        self._ends = np.cumsum(self.shard_sizes)
+        self._ends = list(accumulate(self.shard_sizes))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @property
     def fingerprint(self) -> str:
@@ -92,23 +92,22 @@ class BlockSet:
     def sample_id(self, index: int) -> str:
         """ "<shard file name>/<key>:<first token>"."""
         shard, number = locate(self._ends, index)
-        return self._id(shard, self._table(shard)[number])
+        row, start, _, _, _ = self._table(shard)[number].item()
+        return self._id(shard, self._shards.index(shard).key(row), start)
 
     def read(self, index: int) -> RawSample:
         """Block `index` (0..len-1), by one read of its own bytes, as the .npy of a document. Raises UserError as
         `ShardSet.read` does."""
         shard, number = locate(self._ends, index)
-        block = self._table(shard)[number]
-        name = self._id(shard, block)
-        record = self._shards.index(shard).records[block["row"]]
-        offset, size, width = int(record["offset"]), int(record["size"]), int(block["width"])
+        row, start, length, header, width = self._table(shard)[number].item()
+        document = self._shards.index(shard).entry(row)
+        offset, size, name = document.offset, document.size, self._id(shard, document.key, start)
         if width:
-            offset += int(block["header"]) + int(block["start"]) * width
-            size = int(block["length"]) * width
+            offset, size = offset + header + start * width, length * width
         data = self._shards.read_bytes(shard, offset, size, name)
         if width:
-            data = write_tokens(np.frombuffer(data, dtype=f"<u{width}"))
-        return RawSample(name, data, "tokens.npy", max(int(record["label"]), -1))
+            data = token_header(length, width) + data
+        return RawSample(name, data, "tokens.npy", max(document.label, -1))
 
     def close(self) -> None:
         """Close tars and tables; reading opens them again."""
@@ -149,8 +148,8 @@ class BlockSet:
             self._tables.popitem(last=False)
         return blocks
 
-    def _id(self, shard: int, block: np.void) -> str:
-        return f"{self.paths[shard].name}/{self._shards.index(shard).key(int(block['row']))}:{block['start']}"
+    def _id(self, shard: int, key: str, start: int) -> str:
+        return f"{self._shards.names[shard]}/{key}:{start}"
 
 
 def blocks_path(tar: Path, max_tokens: int) -> Path:
