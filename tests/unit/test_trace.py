@@ -11,12 +11,16 @@ from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megad2v.config.schema import Config, MicroBatchConfig, MixConfig
 from megad2v.data.loader import TrainingLoader
 from megad2v.modalities.batch import Batch
+from megad2v.training.records import RunRecords
+from tests.cli.live_run import lines
 from tests.unit.data_helpers import config, jpeg, members, write_shards, write_tar
 from tests.unit.speech_helpers import speech_config, write_speech
 from tests.unit.text_helpers import story, text_config, write_text
@@ -90,12 +94,12 @@ def life(settings: Config, world: int, workers: int, start: int, stop: int) -> l
 
 def trace(steps: list[list[Batch]]) -> str:
     """SHA-256 of ids, and hashes of crop and mask, in order; of what was dropped, too."""
-    lines = [
+    rows = [
         repr((step, m, batch.sample_ids, batch.fingerprints, batch.dropped))
         for step, batches in enumerate(steps)
         for m, batch in enumerate(batches)
     ]
-    return sha256("\n".join(lines).encode()).hexdigest()
+    return sha256("\n".join(rows).encode()).hexdigest()
 
 
 def steps_of(settings: Config) -> int:
@@ -169,3 +173,21 @@ def test_micro_batch_with_nothing_left_on_one_rank(workers: int, tmp_path: Path)
         kept = [i for i, sample in enumerate(theirs.sample_ids) if sample not in victims]
         assert mine.sample_ids == tuple(theirs.sample_ids[i] for i in kept)
         assert mine.fingerprints == tuple(theirs.fingerprints[i] for i in kept)
+
+
+def test_traces_of_ranks_that_are_gone_end_where_the_run_resumes(tmp_path: Path) -> None:
+    """Three ranks were killed behind step 5; two go on from step 4."""
+
+    def records(rank: int, size: int, resumed_at: int) -> RunRecords:
+        world = SimpleNamespace(rank=rank, size=size, data=SimpleNamespace(rank=rank, size=size))
+        world.tensor = SimpleNamespace(rank=0, size=1)
+        return RunRecords(tmp_path, world, trace=True, resumed_at=resumed_at)  # type: ignore[arg-type]
+
+    batch = Batch("vision", torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 4, dtype=torch.bool))
+    for size, first, last in ((3, 1, 5), (2, 5, 6)):
+        for own in [records(rank, size, first - 1) for rank in range(size)]:
+            for step in range(first, last + 1):
+                own.consumed(step, [batch])
+            own.close()
+    steps = [[line["step"] for line in lines(tmp_path / "trace" / f"rank{rank}.jsonl")] for rank in range(3)]
+    assert steps == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4]]
