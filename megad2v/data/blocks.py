@@ -5,7 +5,8 @@ what is left of it goes on as a sentence of its own. (fairseq makes such a sente
 and drops blocks of one token; ours come once an epoch like any other token.)
 
 Which tokens are a block is worked out once for each shard, by reading it, and kept beside its index as
-`index/<tar stem>.text.blocks<max_tokens>.npy` (data/stored.py): 15 bytes a block.
+`index/<tar stem>.text.blocks<max_tokens>.npy` (data/stored.py): 15 bytes a block. Opening a set reads how many there
+are; a table is mapped when it is wanted, and as many stay mapped as tars stay open.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +28,12 @@ from megad2v.data import index, stored
 from megad2v.data.format import INDEX_FOLDER
 from megad2v.data.index import ShardIndex
 from megad2v.data.order import Int64s
-from megad2v.data.shardset import RawSample, ShardSet, in_own_order, locate, order_fingerprint
+from megad2v.data.shardset import OPEN_FILES, RawSample, ShardSet, in_own_order, locate, order_fingerprint
 from megad2v.data.stored import Origin
 from megad2v.errors import UserError
 from megad2v.modalities.sample import BadSample
 from megad2v.modalities.text.codecs import EOS
-from megad2v.modalities.text.decode import data_start, data_type, write_tokens
+from megad2v.modalities.text.decode import data_start, data_type, token_header
 
 VERSION = (index.VERSION << 8) + 1
 """Raised whenever a field gets another meaning; rows are those of an index."""
@@ -61,55 +64,92 @@ class BlockSet:
     def __init__(self, shards: ShardSet, max_tokens: int) -> None:
         self._shards = shards
         self.paths = shards.paths
-        self._tables = in_own_order(
-            lambda shard: load_or_build(self.paths[shard], shards.index(shard), max_tokens), range(len(self.paths))
-        )
-        self.shard_sizes = tuple(len(table) for table in self._tables)
-        self._ends = np.cumsum(self.shard_sizes)
+        self._max_tokens = max_tokens
+        self._tables: OrderedDict[int, Blocks] = OrderedDict()
+        """Tables in use, mapped: each costs a descriptor."""
+        self._in_memory: dict[int, Blocks] = {}
+        """Tables that can be kept nowhere."""
+        self.shard_sizes = tuple(in_own_order(self._count, range(len(self.paths))))
+        self._ends = list(accumulate(self.shard_sizes))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @property
     def fingerprint(self) -> str:
         """As ShardSet's."""
-        lengths = [zlib.crc32(np.ascontiguousarray(table["length"])) for table in self._tables]
+        lengths = [zlib.crc32(self.shard_lengths(shard)) for shard in range(len(self.paths))]
         return order_fingerprint(self.paths, self.shard_sizes, lengths)
 
     def lengths(self) -> Int64s:
         """(len,) tokens; 0 for documents that cannot be read and do not say how long they are."""
-        return np.concatenate([table["length"] for table in self._tables], dtype=np.int64)
+        return np.concatenate([self.shard_lengths(shard) for shard in range(len(self.paths))], dtype=np.int64)
 
     def shard_lengths(self, shard: int) -> npt.NDArray[np.uint32]:
         """(shard_sizes[shard],) the same of one shard."""
-        return self._tables[shard]["length"]
+        return np.ascontiguousarray(self._table(shard)["length"])
 
     def sample_id(self, index: int) -> str:
         """ "<shard file name>/<key>:<first token>"."""
         shard, number = locate(self._ends, index)
-        return self._id(shard, self._tables[shard][number])
+        row, start, _, _, _ = self._table(shard)[number].item()
+        return self._id(shard, self._shards.index(shard).key(row), start)
 
     def read(self, index: int) -> RawSample:
         """Block `index` (0..len-1), by one read of its own bytes, as the .npy of a document. Raises UserError as
         `ShardSet.read` does."""
         shard, number = locate(self._ends, index)
-        block, name = self._tables[shard][number], self._id(shard, self._tables[shard][number])
-        record = self._shards.index(shard).records[block["row"]]
-        offset, size, width = int(record["offset"]), int(record["size"]), int(block["width"])
+        row, start, length, header, width = self._table(shard)[number].item()
+        document = self._shards.index(shard).entry(row)
+        offset, size, name = document.offset, document.size, self._id(shard, document.key, start)
         if width:
-            offset += int(block["header"]) + int(block["start"]) * width
-            size = int(block["length"]) * width
+            offset, size = offset + header + start * width, length * width
         data = self._shards.read_bytes(shard, offset, size, name)
         if width:
-            data = write_tokens(np.frombuffer(data, dtype=f"<u{width}"))
-        return RawSample(name, data, "tokens.npy", max(int(record["label"]), -1))
+            data = token_header(length, width) + data
+        return RawSample(name, data, "tokens.npy", max(document.label, -1))
 
     def close(self) -> None:
-        """Close the tars; reading opens them again."""
+        """Close tars and tables; reading opens them again."""
+        self._tables.clear()
         self._shards.close()
 
-    def _id(self, shard: int, block: np.void) -> str:
-        return f"{self.paths[shard].name}/{self._shards.index(shard).key(int(block['row']))}:{block['start']}"
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": OrderedDict()}  # maps would be copied
+
+    def _count(self, shard: int) -> int:
+        """Blocks of a shard, from the head of its stored table; without one the table is made."""
+        path = blocks_path(self.paths[shard], self._max_tokens)
+        counts = stored.counts(self.paths[shard], path, (BLOCK,), VERSION)
+        return counts[0] if counts is not None else len(self._made(shard))
+
+    def _made(self, shard: int) -> Blocks:
+        stamp = self._shards.stamp(shard)
+        origin, documents = Origin(stamp.tar_size, stamp.tar_mtime_ns), partial(self._shards.index, shard)
+        blocks, kept = load_or_build(self.paths[shard], origin, documents, self._max_tokens)
+        if not kept:
+            self._in_memory[shard] = blocks
+        return blocks
+
+    def _table(self, shard: int) -> Blocks:
+        """(shard_sizes[shard],) of BLOCK. Raises UserError where it is not the one that was there at first."""
+        if shard in self._in_memory:
+            return self._in_memory[shard]
+        if shard in self._tables:
+            self._tables.move_to_end(shard)
+            return self._tables[shard]
+        blocks = self._made(shard)
+        if len(blocks) != self.shard_sizes[shard]:
+            raise UserError(
+                f"{self.paths[shard]}: has changed since this run indexed it; leave shards alone and start again"
+            )
+        self._tables[shard] = blocks
+        if len(self._tables) > OPEN_FILES:
+            self._tables.popitem(last=False)
+        return blocks
+
+    def _id(self, shard: int, key: str, start: int) -> str:
+        return f"{self._shards.names[shard]}/{key}:{start}"
 
 
 def blocks_path(tar: Path, max_tokens: int) -> Path:
@@ -117,20 +157,25 @@ def blocks_path(tar: Path, max_tokens: int) -> Path:
     return tar.parent / INDEX_FOLDER / f"{tar.stem}.text.blocks{max_tokens}.npy"
 
 
-def load_or_build(tar: Path, documents: ShardIndex, max_tokens: int) -> Blocks:
-    """(blocks,) of BLOCK, by document and place: the stored ones when they fit the tar, else worked out and stored
-    where that is allowed. Raises UserError when the tar cannot be read."""
+def load_or_build(
+    tar: Path, origin: Origin, documents: Callable[[], ShardIndex], max_tokens: int
+) -> tuple[Blocks, bool]:
+    """(blocks,) of BLOCK, by document and place, and whether they are stored: those that were when they fit the tar as
+    it was at `origin`, else they are worked out, and stored where that is allowed. Raises UserError when the tar cannot
+    be read or has changed."""
     path = blocks_path(tar, max_tokens)
     found = stored.load(tar, path, (BLOCK,), VERSION)
-    if found is not None:
-        return found[0][0]
+    # A tar that changed since may have a new table by now; `build` then says that it changed.
+    if found is not None and found[1] == origin:
+        return found[0][0], True
     log.info("cutting %s into blocks of %d tokens", tar, max_tokens)
-    blocks = build(tar, documents, max_tokens)
+    blocks = build(tar, documents(), max_tokens)
     try:
-        stored.store(path, (blocks,), VERSION, Origin(documents.stamp.tar_size, documents.stamp.tar_mtime_ns))
+        stored.store(path, (blocks,), VERSION, origin)
     except OSError as error:
         log.info("blocks of %s are kept in memory: their folder cannot be written (%s)", tar, error)
-    return blocks
+        return blocks, False
+    return blocks, True
 
 
 def build(tar: Path, documents: ShardIndex, max_tokens: int) -> Blocks:

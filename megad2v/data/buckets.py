@@ -12,7 +12,6 @@ takes does not grow with the samples.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,14 +135,18 @@ class BucketPlan:
         # Shared out evenly: a bucket's micro-batches differ by one row at most, so none is left with a single one.
         size, parts = bucket.order.size, bucket.micro_batches
         positions = np.arange(j * size // parts, (j + 1) * size // parts, dtype=np.int64)
-        return [(epoch, self._member(bucket, place)) for place in bucket.order.indices(epoch, positions).tolist()]
+        members = self._members(bucket, bucket.order.indices(epoch, positions))
+        return [(epoch, member) for member in members.tolist()]
 
-    def _member(self, bucket: _Bucket, place: int) -> int:
-        """Sample index of a bucket's member number `place`, ascending."""
-        shard = int(np.searchsorted(bucket.starts, place, side="right")) - 1
-        borders, rows = self._sorted_rows(shard)
-        row = rows[borders[bucket.number] + place - int(bucket.starts[shard])]
-        return int(self._starts[shard]) + int(row)
+    def _members(self, bucket: _Bucket, places: Int64s) -> Int64s:
+        """Sample indices of a bucket's members with these numbers; members ascend."""
+        shards = np.searchsorted(bucket.starts, places, side="right") - 1
+        within, members = places - bucket.starts[shards], np.empty_like(places)
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            borders, rows = self._sorted_rows(shard)
+            members[here] = self._starts[shard] + rows[borders[bucket.number] + within[here]]
+        return members
 
     def _sorted_rows(self, shard: int) -> tuple[Int64s, npt.NDArray[np.uint32]]:
         """(where each bucket begins, the shard's rows by bucket and ascending within)."""
@@ -176,17 +179,20 @@ class BucketPlan:
         among all. Times are compared on a grid that is fine enough for a bucket to be in a cell but once; within
         a cell the order is that of the buckets.
         """
-        phases = self._phases_of(epoch)
+        phases, total = self._phases_of(epoch), self.epoch_micro_batches
 
         def earlier(time: int) -> Int64s:
             """Micro-batches of each bucket before a time in units: ceil((time m - phase) / UNIT)."""
             return -((phases - time * self._counts) // UNIT)
 
-        cell = bisect_right(range(UNIT + 1), position, key=lambda time: int(earlier(time).sum())) - 1
-        before = earlier(cell)
-        here = np.flatnonzero(earlier(cell + 1) > before)
-        bucket = int(here[position - int(before.sum())])
-        return bucket, int(before[bucket])
+        # A bucket has had its share to less than one micro-batch at any time: only those within this span can be meant.
+        before = earlier(max(0, UNIT * (position - self.buckets) // total))
+        ahead = earlier(min(UNIT, UNIT * (position + self.buckets + 1) // total + 1)) - before
+        buckets = np.repeat(np.arange(self.buckets), ahead)
+        numbers = np.arange(len(buckets)) + np.repeat(before + ahead - np.cumsum(ahead), ahead)
+        cells = (numbers * UNIT + phases[buckets]) // self._counts[buckets]
+        here = np.argsort(cells, kind="stable")[position - int(before.sum())]
+        return int(buckets[here]), int(numbers[here])
 
     def _phases_of(self, epoch: int) -> Int64s:
         """For each bucket when its first micro-batch comes, in 0..UNIT-1 of the time between two of them."""

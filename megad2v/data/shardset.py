@@ -6,12 +6,14 @@ import glob
 import logging
 import os
 import random
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -102,9 +104,10 @@ class ShardSet:
         self.pattern = pattern
         self.modality = modality
         self.paths = resolve(pattern)
+        self.names = [path.name for path in self.paths]
         self._stamps, self._in_memory = _look_at(self.paths, modality)
         self.shard_sizes = tuple(stamp.samples for stamp in self._stamps)
-        self._ends = np.cumsum(self.shard_sizes)
+        self._ends = list(accumulate(self.shard_sizes))
         if not len(self):
             found = ", ".join(unknown_extensions(self.paths[0])) or "nothing"
             raise UserError(
@@ -115,7 +118,7 @@ class ShardSet:
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @property
     def fingerprint(self) -> str:
@@ -127,7 +130,7 @@ class ShardSet:
     def sample_id(self, index: int) -> str:
         """The id of sample `index` (0..len-1) without reading it."""
         shard, row = self._locate(index)
-        return f"{self.paths[shard].name}/{self.index(shard).key(row)}"
+        return f"{self.names[shard]}/{self.index(shard).key(row)}"
 
     def labels(self) -> npt.NDArray[np.int32]:
         """(len,) class ids; index.NO_LABEL or index.UNREADABLE_LABEL where there is none."""
@@ -150,10 +153,10 @@ class ShardSet:
         """Sample `index` (0..len-1). Raises UserError when its shard has changed, vanished or cannot be read."""
         shard, row = self._locate(index)
         self._descriptor(shard)  # says that a shard has changed before its index is read
-        found = self.index(shard)
-        record, name = found.records[row], f"{self.paths[shard].name}/{found.key(row)}"
-        data = self.read_bytes(shard, int(record["offset"]), int(record["size"]), name)
-        return RawSample(name, data, KINDS[record["kind"]], max(int(record["label"]), -1))
+        entry = self.index(shard).entry(row)
+        name = f"{self.names[shard]}/{entry.key}"
+        data = self.read_bytes(shard, entry.offset, entry.size, name)
+        return RawSample(name, data, KINDS[entry.kind], max(entry.label, -1))
 
     def read_bytes(self, shard: int, offset: int, size: int, sample_id: str) -> bytes:
         """Bytes of the tar `paths[shard]`, which belong to that sample. Raises UserError as `read`."""
@@ -198,6 +201,10 @@ class ShardSet:
         if len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
+
+    def stamp(self, shard: int) -> Stamp:
+        """What the index of a shard said of itself and its tar when the set was opened."""
+        return self._stamps[shard]
 
     def index(self, shard: int) -> ShardIndex:
         """The whole index of a shard, mapped. Raises UserError where it is not the one that was there at first."""
@@ -297,12 +304,12 @@ def _expand(pattern: str) -> list[Path]:
     return paths
 
 
-def locate(ends: npt.NDArray[np.int64], index: int) -> tuple[int, int]:
+def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
     """(shard, row in it) of a sample, by the running totals of the shards' sizes. Raises IndexError."""
-    if not 0 <= index < int(ends[-1]):
-        raise IndexError(f"sample {index} of {int(ends[-1])}")
-    shard = int(np.searchsorted(ends, index, side="right"))
-    return shard, index - (int(ends[shard - 1]) if shard else 0)
+    if not 0 <= index < ends[-1]:
+        raise IndexError(f"sample {index} of {ends[-1]}")
+    shard = bisect_right(ends, index)
+    return shard, index - (ends[shard - 1] if shard else 0)
 
 
 def order_fingerprint(paths: Sequence[Path], sizes: Sequence[int], lengths: Sequence[int] | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from megad2v.data.parcel import Parcel
 from megad2v.data.shardset import Readable
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
@@ -38,8 +39,9 @@ class Refusal:
     message: str
 
 
-class MicroBatches(Dataset["Batch | Refusal"]):
-    """Micro-batch number -> Batch. `rows` plans its (epoch, sample index) pairs; an empty plan is the row of zeros."""
+class MicroBatches(Dataset["Batch | Parcel | Refusal"]):
+    """Micro-batch number -> Batch (packed, in a worker). `rows` plans its (epoch, sample index) pairs; an empty plan is
+    the row of zeros."""
 
     def __init__(
         self, shards: Readable, transform: Transform[Any], rows: Callable[[int], list[tuple[int, int]]]
@@ -50,13 +52,16 @@ class MicroBatches(Dataset["Batch | Refusal"]):
         self.board: torch.Tensor | None = None
         """(workers, 2) int64 in shared memory, or None without workers."""
 
-    def __getitem__(self, number: int) -> Batch | Refusal:
+    def __getitem__(self, number: int) -> Batch | Parcel | Refusal:
+        worker = get_worker_info()
+        note = None if worker is None or self.board is None else self.board[worker.id].numpy()
         samples: list[Any] = []  # the transform's own kind
         sample_ids: list[str] = []
         labels: list[int] = []
         dropped: list[tuple[str, str]] = []
         for epoch, index in self._rows(number):
-            self._note(index)
+            if note is not None:
+                note[SAMPLE] = index
             try:
                 raw = self.shards.read(index)
             except UserError as error:
@@ -68,13 +73,10 @@ class MicroBatches(Dataset["Batch | Refusal"]):
                 continue
             sample_ids.append(raw.id)
             labels.append(raw.label)
-        self._note(-1)
-        return self._transform.collate(samples, sample_ids, labels, dropped)
-
-    def _note(self, index: int) -> None:
-        worker = get_worker_info()
-        if worker is not None and self.board is not None:
-            self.board[worker.id, SAMPLE] = index
+        batch = self._transform.collate(samples, sample_ids, labels, dropped)
+        if note is not None:
+            note[SAMPLE] = -1
+        return batch if worker is None else Parcel.of(batch)
 
 
 class Stream(Iterator[Batch]):
@@ -101,7 +103,7 @@ class Stream(Iterator[Batch]):
         )
         # Also at the interpreter's exit: workers ignore SIGTERM until they are told that it is meant.
         self._tell = weakref.finalize(self, self._closing.fill_, 1)
-        self._items: Iterator[Batch | Refusal] | None = None
+        self._items: Iterator[Batch | Parcel | Refusal] | None = None
         with self._explained():
             self._items = iter(loader)
 
@@ -115,7 +117,7 @@ class Stream(Iterator[Batch]):
             error = UserError(item.message)
             error.on_one_rank = True  # the others go on to their next collective
             raise error
-        return item
+        return item.open() if isinstance(item, Parcel) else item
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -147,7 +149,7 @@ class Stream(Iterator[Batch]):
         return f"a data worker died while reading {names}: {line}"
 
 
-def _as_it_is(item: Batch | Refusal) -> Batch | Refusal:
+def _as_it_is(item: Batch | Parcel | Refusal) -> Batch | Parcel | Refusal:
     return item
 
 

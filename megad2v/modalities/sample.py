@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
+import xxhash
 
 from megad2v.modalities.batch import Batch
 
@@ -16,6 +18,17 @@ Prepared = TypeVar("Prepared")
 
 class BadSample(Exception):
     """A sample that cannot be used; the message is the reason. It is dropped and recorded, and training goes on."""
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+    """Hex hash of the bytes of some arrays, for `data.trace` and the guard, which compares what ranks of a group see.
+
+    XXH3: always on, it has to cost nothing beside decoding (blake2b took a quarter of a 224 x 224 image's time).
+    """
+    total = xxhash.xxh3_64()
+    for array in arrays:
+        total.update(np.ascontiguousarray(array))
+    return total.hexdigest()
 
 
 class Sample(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def test_kept_mapped_and_small(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(blocks_module, "build", lambda *_: pytest.fail("the stored blocks fit"))
     again = blocks_of(folder)
     assert rows(again) == rows(first) and again.fingerprint == first.fingerprint
-    assert all(isinstance(table, np.memmap) for table in again._tables)
+    assert all(isinstance(table, np.memmap) for table in again._tables.values())
     assert BLOCK.itemsize <= 20
     stored = np.load(blocks_path(again.paths[0], 64), mmap_mode="r")
     assert stored["length"].max() <= ROOM and len(stored) == again.shard_sizes[0]
@@ -175,6 +176,46 @@ def test_changed_shards_are_cut_again(tmp_path: Path) -> None:
     os.replace(other / tar.name, tar)
     after = blocks_of(folder)
     assert rows(after) == [(f"0000:{s}", b) for s, b in _placed(greedy(story(300, 2).tolist(), ROOM))]
+    with pytest.raises(UserError, match="has changed since this run indexed it"):
+        before.read(0)
+
+
+def test_few_tables_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten times as many shards as a process may open files, read at random."""
+    monkeypatch.setattr("megad2v.data.blocks.OPEN_FILES", 4)
+    monkeypatch.setattr("megad2v.data.shardset.OPEN_FILES", 4)
+    folder = write_text(tmp_path / "a", [story(300, seed) for seed in range(200)], max_bytes=1)
+    used = len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, hard))
+    try:
+        first, again = blocks_of(folder), blocks_of(folder)  # made, then found
+        assert len(first.paths) == 200 and first.fingerprint == again.fingerprint
+        first.close()
+        monkeypatch.setattr(blocks_module, "build", lambda *_: pytest.fail("the stored blocks fit"))
+        for index in np.random.default_rng(0).permutation(len(again)).tolist():
+            read_tokens(again.read(index).data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(again._tables) == 4
+
+
+def test_opening_reads_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = blocks_of(folder)
+    monkeypatch.setattr(np, "memmap", lambda *_, **__: pytest.fail("a table was mapped"))
+    found = blocks_of(folder)
+    assert found.shard_sizes == expected.shard_sizes and not found._tables
+
+
+def test_table_of_a_tar_that_came_later_is_not_used(tmp_path: Path) -> None:
+    """The tar changed while this run had it open, and another run cut the new one."""
+    folder = write_text(tmp_path / "a", [story(300, 1)])
+    before = blocks_of(folder)
+    before.read(0)
+    before._tables.clear()  # as if other shards had been wanted since
+    tar = before.paths[0]
+    os.replace(write_text(tmp_path / "b", [story(300, 2)]) / tar.name, tar)
+    blocks_of(folder)
     with pytest.raises(UserError, match="has changed since this run indexed it"):
         before.read(0)
 

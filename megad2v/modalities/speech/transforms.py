@@ -6,7 +6,6 @@ wait until it is complete. Where within its recording a crop lies is one number 
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from megad2v.config.schema import Config
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.draws import generator
-from megad2v.modalities.sample import BadSample, Mode
+from megad2v.modalities.sample import BadSample, Mode, fingerprint
 from megad2v.modalities.speech.decode import Waveform, read_waveform
 from megad2v.modalities.speech.geometry import SAMPLE_RATE, frame_count, sample_count, samples_needed
 from megad2v.modalities.speech.masking import BoolFrames, equal_counts, span_mask
@@ -120,7 +119,8 @@ class SpeechTransform:
             padding_bt=padding_bt,
             labels=torch.tensor(labels if samples else [-1], dtype=torch.int64),
             sample_ids=tuple(sample_ids),
-            fingerprints=tuple(_fingerprint(crop, mask) for crop, mask in zip(crops, masks, strict=True)),
+            # Of samples as decoded: their normalisation may round differently on another kind of machine.
+            fingerprints=tuple(fingerprint(crop, mask) for crop, mask in zip(crops, masks, strict=True)),
             dropped=tuple(dropped),
         )
 
@@ -144,10 +144,3 @@ def _normalisation(waveform: Waveform) -> tuple[float, float]:
     """Mean, and the inverse of the standard deviation (biased): layer norm over the whole length."""
     variance = float(waveform.var(dtype=np.float64))
     return float(waveform.mean(dtype=np.float64)), (variance + NORMALISE_EPS) ** -0.5
-
-
-def _fingerprint(crop: Waveform, mask: BoolFrames) -> str:
-    """Of the samples as decoded: their normalisation may round differently on another kind of machine."""
-    print_ = blake2b(np.ascontiguousarray(crop), digest_size=8)
-    print_.update(mask)
-    return print_.hexdigest()

@@ -24,6 +24,13 @@ def write_tokens(tokens: Tokens) -> bytes:
     return stream.getvalue()
 
 
+@lru_cache(maxsize=4096)  # rows of one length have one header
+def token_header(count: int, width: int) -> bytes:
+    """What comes before the bytes of so many tokens of `width` bytes in `write_tokens`."""
+    tokens = np.zeros(count, dtype=f"<u{width}")
+    return write_tokens(tokens)[: -tokens.nbytes or None]
+
+
 def read_tokens(data: bytes) -> Tokens:
     """(tokens,) uint16 or uint32, read-only. Raises BadSample for anything else."""
     return np.frombuffer(data, dtype=data_type(data), offset=data_start(data))

@@ -3,7 +3,6 @@ epoch, sample id)."""
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from megad2v.config.schema import Config
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.draws import generator
-from megad2v.modalities.sample import BadSample, Mode
+from megad2v.modalities.sample import BadSample, Mode, fingerprint
 from megad2v.modalities.text.codecs import BOS, EOS, PAD
 from megad2v.modalities.text.decode import read_tokens
 from megad2v.modalities.text.masking import BoolTokens, Ids, span_mask, student_view
@@ -119,7 +118,4 @@ class TextTransform:
 
 
 def _row(ids: Ids, teacher: Ids, student: Ids, loss: BoolTokens) -> TextRow:
-    print_ = blake2b(ids.astype("<i8"), digest_size=8)
-    print_.update(student.astype("<i8"))
-    print_.update(loss)
-    return TextRow(teacher, student, loss, print_.hexdigest())
+    return TextRow(teacher, student, loss, fingerprint(ids, student, loss))

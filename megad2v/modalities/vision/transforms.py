@@ -7,7 +7,6 @@ workers nor the order of reading can change a crop or a mask, and switching one 
 from __future__ import annotations
 
 import math
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from megad2v.config.modalities import AugmentConfig
 from megad2v.config.schema import Config
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.draws import generator
-from megad2v.modalities.sample import Mode, Sample
+from megad2v.modalities.sample import Mode, Sample, fingerprint
 from megad2v.modalities.vision.decode import Box, decoded, open_image, upright_size
 from megad2v.modalities.vision.masking import block_mask, mask_budget
 
@@ -120,9 +119,7 @@ class VisionTransform:
             image = self._centred(image)
         pixels_chw = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
         mask = self._draw_mask(sample_id, epoch)
-        print_ = blake2b(pixels_chw, digest_size=8)
-        print_.update(mask)
-        return Sample(torch.from_numpy(pixels_chw), torch.from_numpy(mask), print_.hexdigest())
+        return Sample(torch.from_numpy(pixels_chw), torch.from_numpy(mask), fingerprint(pixels_chw, mask))
 
     def collate(
         self, samples: list[Sample], sample_ids: list[str], labels: list[int], dropped: list[tuple[str, str]]
