@@ -237,8 +237,8 @@ MUTANTS = (
     Mutant(
         "a bucket's rows are looked up from the shard's first",
         "megad2v/data/buckets.py",
-        "rows[borders[bucket.number] + place",
-        "rows[place",
+        "rows[borders[bucket.number] + within[here]",
+        "rows[within[here]",
         f"{LENGTHS}::test_budget_and_bucket_hold",
     ),
     Mutant(
@@ -406,7 +406,7 @@ MUTANTS = (
     Mutant(
         "text: an old table of blocks is taken",
         "megad2v/data/stored.py",
-        "if origin != now:",
+        "if Origin(*origin) != expected:",
         "if False:",
         "tests/unit/test_blocks.py::test_changed_shards_are_cut_again",
     ),
