@@ -240,6 +240,8 @@ MUTANTS = (
         "megad2v/data/buckets.py",
         "rows[borders[bucket.number] + within[here]]",
         "rows[within[here]]",
+        "rows[borders[bucket.number] + within[here]",
+        "rows[within[here]",
         f"{LENGTHS}::test_budget_and_bucket_hold",
     ),
     Mutant(
@@ -456,7 +458,7 @@ MUTANTS = (
     Mutant(
         "text: an old table of blocks is taken",
         "megad2v/data/stored.py",
-        "if origin != now:",
+        "if Origin(*origin) != expected:",
         "if False:",
         "tests/unit/test_blocks.py::test_changed_shards_are_cut_again",
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> list[str]:
     step = task.checkpoint.index.step
     if args.output is not None:
         content = {"checkpoint": str(args.checkpoint), "step": step, "seed": task.seed, **content}
-        write_file(args.output, json.dumps({**content, "versions": versions()}, indent=2) + "\n")
+        write_file(args.output, json.dumps({**content, "versions": versions()}, indent=2, allow_nan=False) + "\n")
     return [f"step {step:,}  {head}", *lines]
 
 
@@ -172,9 +172,8 @@ def _frozen(task: Task) -> tuple[str, dict[str, Any], list[str]]:
         "classes": list(task.train.classes),
         **record(rows, chance, args.layer),
     }
-    counts = f"train {len(train.labels):,} test {len(test.labels):,} classes {len(task.train.classes)}"
-    dropped = f" dropped {train.dropped + test.dropped}" if train.dropped + test.dropped else ""
-    return counts + dropped, content, table(rows, chance)
+    counts = _counts(len(train.labels), len(test.labels), train.dropped + test.dropped, task.train.classes)
+    return counts, content, table(rows, chance)
 
 
 def _fine_tuned(task: Task) -> tuple[str, dict[str, Any], list[str]]:
@@ -192,15 +191,22 @@ def _fine_tuned(task: Task) -> tuple[str, dict[str, Any], list[str]]:
 
     weights = fine_tune.balanced_weights(labels, len(classes))
     rows = fine_tune.score(models, in_order_of, task.test, weights, settings=settings, seeds=seeds)
-    chance = chance_level(task.test.labels)
+    chance, dropped = chance_level(task.test.labels), rows[0].dropped
+    train, test = len(labels) - dropped.train, len(task.test.labels) - dropped.test
     content = {
-        "train": {"shards": args.train, "samples": len(labels)},
-        "test": {"shards": args.test, "samples": len(task.test.labels)},
+        "train": {"shards": args.train, "samples": train, "dropped": dropped.train},
+        "test": {"shards": args.test, "samples": test, "dropped": dropped.test},
         "classes": list(classes),
         **fine_tune.record(rows, chance, settings, seeds, task.batch_size),
     }
-    counts = f"train {len(labels):,} test {len(task.test.labels):,} classes {len(classes)}"
+    counts = _counts(train, test, dropped.train + dropped.test, classes)
     return f"{counts} seeds {len(seeds)}", content, fine_tune.table(rows, chance)
+
+
+def _counts(train: int, test: int, dropped: int, classes: Sequence[str]) -> str:
+    """For people; what could not be decoded is in neither set."""
+    counts = f"train {train:,} test {test:,} classes {len(classes)}"
+    return f"{counts} dropped {dropped:,}" if dropped else counts
 
 
 def _model(name: str, task: Task, seed: int) -> Student:

@@ -5,8 +5,9 @@ what is left of it goes on as a sentence of its own. (fairseq makes such a sente
 and drops blocks of one token; ours come once an epoch like any other token.)
 
 Which tokens are a block is worked out once for each shard, by reading it, and kept beside its index as
-`index/<tar stem>.text.blocks<max_tokens>.npy` (data/stored.py): 15 bytes a block. Opening a set reads how many there
-are; a table is mapped when it is wanted, and as many stay mapped as tars stay open.
+`index/<tar stem>.text.blocks<max_tokens>.npy` (data/stored.py), in the cache where that cannot be written: 15 bytes a
+block. Opening a set reads how many there are; a table is mapped when it is wanted, and as many stay mapped as tars stay
+open.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megad2v.data import index, stored
-from megad2v.data.format import INDEX_FOLDER
-from megad2v.data.index import ShardIndex
+from megad2v.data.index import ShardIndex, index_path, places, write_beside
 from megad2v.data.order import Int64s
 from megad2v.data.shardset import OPEN_FILES, RawSample, ShardSet, in_own_order, locate, order_fingerprint
 from megad2v.data.stored import Origin
@@ -93,16 +93,18 @@ class BlockSet:
         """ "<shard file name>/<key>:<first token>"."""
         shard, number = locate(self._ends, index)
         row, start, _, _, _ = self._table(shard)[number].item()
-        return self._id(shard, self._shards.index(shard).key(row), start)
+        return self._id(shard, self._documents(shard).key(row), start)
 
     def read(self, index: int) -> RawSample:
         """Block `index` (0..len-1), by one read of its own bytes, as the .npy of a document. Raises UserError as
-        `ShardSet.read` does."""
+        `ShardSet.read` does, BadSample for a block that its document cannot hold."""
         shard, number = locate(self._ends, index)
         row, start, length, header, width = self._table(shard)[number].item()
-        document = self._shards.index(shard).entry(row)
+        document = self._documents(shard).entry(row)
         offset, size, name = document.offset, document.size, self._id(shard, document.key, start)
         if width:
+            if header + (start + length) * width > size:
+                raise BadSample(f"ends behind its document of {size} bytes: the table of blocks is damaged")
             offset, size = offset + header + start * width, length * width
         data = self._shards.read_bytes(shard, offset, size, name)
         if width:
@@ -119,17 +121,27 @@ class BlockSet:
 
     def _count(self, shard: int) -> int:
         """Blocks of a shard, from the head of its stored table; without one the table is made."""
-        path = blocks_path(self.paths[shard], self._max_tokens)
-        counts = stored.counts(self.paths[shard], path, (BLOCK,), VERSION)
-        return counts[0] if counts is not None else len(self._made(shard))
+        tar, origin = self.paths[shard], Origin.of(self._shards.stamp(shard))
+        for path in places(tar, table_name(self._max_tokens)):
+            counts = stored.counts(path, (BLOCK,), VERSION, origin)
+            if counts is not None:
+                return counts[0]
+        return len(self._made(shard))
 
     def _made(self, shard: int) -> Blocks:
-        stamp = self._shards.stamp(shard)
-        origin, documents = Origin(stamp.tar_size, stamp.tar_mtime_ns), partial(self._shards.index, shard)
+        origin, documents = Origin.of(self._shards.stamp(shard)), partial(self._documents, shard)
         blocks, kept = load_or_build(self.paths[shard], origin, documents, self._max_tokens)
         if not kept:
             self._in_memory[shard] = blocks
         return blocks
+
+    def _documents(self, shard: int) -> ShardIndex:
+        """The index of a shard. Raises UserError where it is of another tar than the table of blocks."""
+        documents = self._shards.index(shard)
+        now, first = documents.stamp, self._shards.stamp(shard)
+        if (now.crc, now.probe) != (first.crc, first.probe):
+            raise _changed(self.paths[shard])
+        return documents
 
     def _table(self, shard: int) -> Blocks:
         """(shard_sizes[shard],) of BLOCK. Raises UserError where it is not the one that was there at first."""
@@ -140,9 +152,7 @@ class BlockSet:
             return self._tables[shard]
         blocks = self._made(shard)
         if len(blocks) != self.shard_sizes[shard]:
-            raise UserError(
-                f"{self.paths[shard]}: has changed since this run indexed it; leave shards alone and start again"
-            )
+            raise _changed(self.paths[shard])
         self._tables[shard] = blocks
         if len(self._tables) > OPEN_FILES:
             self._tables.popitem(last=False)
@@ -152,9 +162,14 @@ class BlockSet:
         return f"{self._shards.names[shard]}/{key}:{start}"
 
 
+def table_name(max_tokens: int) -> str:
+    """What blocks are kept as, in the place of a modality."""
+    return f"text.blocks{max_tokens}"
+
+
 def blocks_path(tar: Path, max_tokens: int) -> Path:
-    """Where the blocks of a tar are kept."""
-    return tar.parent / INDEX_FOLDER / f"{tar.stem}.text.blocks{max_tokens}.npy"
+    """Where the blocks of a tar are kept if that folder can be written."""
+    return index_path(tar, table_name(max_tokens))
 
 
 def load_or_build(
@@ -163,19 +178,19 @@ def load_or_build(
     """(blocks,) of BLOCK, by document and place, and whether they are stored: those that were when they fit the tar as
     it was at `origin`, else they are worked out, and stored where that is allowed. Raises UserError when the tar cannot
     be read or has changed."""
-    path = blocks_path(tar, max_tokens)
-    found = stored.load(tar, path, (BLOCK,), VERSION)
-    # A tar that changed since may have a new table by now; `build` then says that it changed.
-    if found is not None and found[1] == origin:
-        return found[0][0], True
+    name = table_name(max_tokens)
+    for path in places(tar, name):
+        found = stored.load(path, (BLOCK,), VERSION, origin)
+        if found is not None:
+            return found[0], True
     log.info("cutting %s into blocks of %d tokens", tar, max_tokens)
     blocks = build(tar, documents(), max_tokens)
-    try:
-        stored.store(path, (blocks,), VERSION, origin)
-    except OSError as error:
-        log.info("blocks of %s are kept in memory: their folder cannot be written (%s)", tar, error)
-        return blocks, False
-    return blocks, True
+    kept = write_beside(tar, name, lambda path: stored.store(path, (blocks,), VERSION, origin))
+    return blocks, kept is not None
+
+
+def _changed(tar: Path) -> UserError:
+    return UserError(f"{tar}: has changed since this run indexed it; leave shards alone and start again")
 
 
 def build(tar: Path, documents: ShardIndex, max_tokens: int) -> Blocks:
@@ -183,7 +198,7 @@ def build(tar: Path, documents: ShardIndex, max_tokens: int) -> Blocks:
     try:
         with tar.open("rb") as file:
             if not documents.stamp.fits(os.fstat(file.fileno())):
-                raise UserError(f"{tar}: has changed since this run indexed it; leave shards alone and start again")
+                raise _changed(tar)
             cut = partial(_cut_documents, file.fileno(), documents, room=max_tokens - 1)
             parts = [cut(rows) for rows in _chunks(documents)]
     except OSError as error:

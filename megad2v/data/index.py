@@ -17,7 +17,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,7 @@ from megad2v.modalities.vision import decode as vision
 
 __all__ = ["NO_LABEL", "UNREADABLE_LABEL"]  # of records["label"]
 
-VERSION = 4
+VERSION = 5
 """Raised whenever a field gets another meaning, so that older indexes are built again."""
 CACHE_VARIABLE = "MEGAD2V_INDEX"
 """Environment variable: the folder for indexes of tars whose own folder cannot be written."""
@@ -170,10 +170,11 @@ def probe(descriptor: int, records: npt.NDArray[np.void]) -> int:
     copied over need not differ in size and time. The samples' headers, and what lies in the middle of their data: files
     of one program begin alike."""
     total = 0
-    for row in {0, len(records) // 2, len(records) - 1} if len(records) else ():
+    for row in sorted({0, len(records) // 2, len(records) - 1}) if len(records) else ():
         start, size = int(records["offset"][row]), int(records["size"][row])
         for place in (start - BLOCK, start + size // 2):
-            total ^= zlib.crc32(os.pread(descriptor, min(BLOCK, start + size - place), place), row)
+            # Chained: by exclusive or, samples of one size could change places.
+            total = zlib.crc32(os.pread(descriptor, min(BLOCK, start + size - place), place), total)
     return total
 
 
@@ -210,13 +211,17 @@ def load_or_build(tar: Path, modality: str) -> ShardIndex:
 
 def keep(index: ShardIndex, tar: Path, modality: str) -> Path | None:
     """Store an index beside its tar, or else in the cache; None where neither can be written."""
-    for place in (index_path, cached_path):
+    return write_beside(tar, modality, partial(store, index))
+
+
+def write_beside(tar: Path, name: str, write: Callable[[Path], None]) -> Path | None:
+    """Where `write` could write what is kept of a tar under `name`: the first of `places`, or None."""
+    for path in places(tar, name):
         try:
-            path = place(tar, modality)
-            store(index, path)
+            write(path)
             return path
-        except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
-            log.info("the index of %s cannot be written there: %s", tar, error)
+        except OSError as error:
+            log.info("%s of %s cannot be kept there: %s", name, tar, error)
     return None
 
 
@@ -254,7 +259,7 @@ def stored_index(tar: Path, modality: str) -> ShardIndex | None:
 
 def stored_lengths(tar: Path, modality: str, stamp: Stamp) -> npt.NDArray[np.uint32] | None:
     """(samples,) lengths from the stored index with this stamp, read and not mapped; None where it is gone."""
-    for path in _places(tar, modality):
+    for path in places(tar, modality):
         try:
             with path.open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), stamp.samples * LENGTH.itemsize, START)
@@ -296,7 +301,8 @@ def store(index: ShardIndex, path: Path) -> None:
         raise
 
 
-def _places(tar: Path, modality: str) -> Iterator[Path]:
+def places(tar: Path, modality: str) -> Iterator[Path]:
+    """Where the index of a tar may be, best first."""
     yield index_path(tar, modality)
     try:
         yield cached_path(tar, modality)
@@ -306,7 +312,7 @@ def _places(tar: Path, modality: str) -> Iterator[Path]:
 
 def _stored(tar: Path, modality: str, stat: os.stat_result) -> Iterator[tuple[Path, Stamp]]:
     """Files that are an index of the tar with this `stat`, by their stamps."""
-    for path in _places(tar, modality):
+    for path in places(tar, modality):
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError:

@@ -1,8 +1,8 @@
-"""What is worked out from a tar once and kept beside it: arrays in one file that fits that tar or is not used.
+"""What is worked out from a tar once and kept beside its index: arrays in one file that fits both or is not used.
 
 The file holds .npy arrays after each other, then a stamp and an end mark, so one rename replaces all of it and
 processes that write the same one at the same time cannot mix. `numpy.load(path, mmap_mode="r")` shows the first array.
-The stamp has the tar's size and modification time.
+The stamp says which index the arrays were made with: that has looked at the tar's size, time and bytes.
 """
 
 from __future__ import annotations
@@ -12,16 +12,24 @@ import os
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from megad2v.errors import UserError
+from megad2v.data.index import Stamp
 
 END_MARK = 0x6D643276
-STAMP = np.dtype([("version", "<u4"), ("crc", "<u4"), ("tar_size", "<u8"), ("tar_mtime_ns", "<u8")])
+STAMP = np.dtype(
+    [
+        ("version", "<u4"),
+        ("crc", "<u4"),  # of the arrays
+        ("tar_size", "<u8"),
+        ("tar_mtime_ns", "<i8"),
+        ("index_crc", "<u4"),
+        ("index_probe", "<u4"),
+    ]
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,56 +41,56 @@ class Origin(NamedTuple):
 
     tar_size: int
     tar_mtime_ns: int
+    index_crc: int
+    """A tar that was replaced can have its size and time, but its index then differs in one of these."""
+    index_probe: int
 
     @classmethod
-    def of(cls, stat: os.stat_result) -> Origin:
-        """That of the tar with this `stat`."""
-        return cls(stat.st_size, stat.st_mtime_ns)
+    def of(cls, stamp: Stamp) -> Origin:
+        """The state that an index was made from."""
+        return cls(stamp.tar_size, stamp.tar_mtime_ns, stamp.crc, stamp.probe)
 
 
-def load(tar: Path, path: Path, dtypes: Sequence[np.dtype], version: int) -> tuple[list[np.ndarray], Origin] | None:
-    """The arrays in `path`, memory-mapped, if the file is whole, of this version and fits the tar, else None.
+def load(path: Path, dtypes: Sequence[np.dtype], version: int, origin: Origin) -> list[np.ndarray] | None:
+    """The arrays in `path`, memory-mapped, if the file is whole, of this version and of `origin`, else None."""
 
-    Raises UserError when the tar cannot be seen.
-    """
-    return _fitting(tar, path, partial(_read, path, dtypes, version))
+    def arrays() -> list[np.ndarray]:
+        with path.open("rb") as file:
+            found = [_map_array(file, path, dtype) for dtype in dtypes]
+            crc = _read_stamp(file, version, origin)
+        if _crc(found) != crc:
+            raise ValueError("checksum does not fit")
+        return found
+
+    return _if_usable(path, arrays)
 
 
-def counts(tar: Path, path: Path, dtypes: Sequence[np.dtype], version: int) -> list[int] | None:
-    """How many each array in `path` holds, if the file is of this version and fits the tar, else None; nothing else of
-    it is read, so it may still be damaged. Raises UserError when the tar cannot be seen."""
+def counts(path: Path, dtypes: Sequence[np.dtype], version: int, origin: Origin) -> list[int] | None:
+    """How many each array in `path` holds, if the file is of this version and of `origin`, else None; nothing else of
+    it is read, so it may still be damaged."""
 
-    def heads() -> tuple[list[int], Origin]:
+    def heads() -> list[int]:
         with path.open("rb") as file:
             found = [_pass_over(file, dtype)[1] for dtype in dtypes]
-            return found, _read_stamp(file, version)[1]
+            _read_stamp(file, version, origin)
+            return found
 
-    found = _fitting(tar, path, heads)
-    return found[0] if found is not None else None
+    return _if_usable(path, heads)
 
 
-def _fitting(tar: Path, path: Path, read: Callable[[], tuple[Found, Origin]]) -> tuple[Found, Origin] | None:
-    """What `read` finds in `path`, where that can be read and is of the tar as it is now."""
+def _if_usable(path: Path, read: Callable[[], Found]) -> Found | None:
     try:
-        now = Origin.of(os.stat(tar))
-    except OSError as error:
-        raise UserError(f"{tar}: cannot be read ({error.strerror}); correct data.shards or data.valid") from error
-    try:
-        found, origin = read()
+        return read()
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError, KeyError, SyntaxError) as error:
-        log.info("%s is not usable (%s): building it again", path, error)
+        log.info("%s is not usable (%s)", path, error)
         return None
-    if origin != now:
-        log.info("%s has changed since %s was made: building it again", tar, path)
-        return None
-    return found, origin
 
 
 def store(path: Path, arrays: Sequence[np.ndarray], version: int, origin: Origin) -> None:
     """Write the file whole or not at all; safe while others write the same one. Raises OSError."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     stamp = np.zeros(1, dtype=STAMP)
     stamp[0] = (version, _crc(arrays), *origin)
@@ -96,23 +104,18 @@ def store(path: Path, arrays: Sequence[np.ndarray], version: int, origin: Origin
         raise
 
 
-def _read(path: Path, dtypes: Sequence[np.dtype], version: int) -> tuple[list[np.ndarray], Origin]:
-    """Raises ValueError when the file is damaged, of another version, or cut short."""
-    with path.open("rb") as file:
-        arrays = [_map_array(file, path, dtype) for dtype in dtypes]
-        crc, origin = _read_stamp(file, version)
-    if _crc(arrays) != crc:
-        raise ValueError("checksum does not fit")
-    return arrays, origin
-
-
-def _read_stamp(file: BinaryIO, version: int) -> tuple[int, Origin]:
-    """(checksum of the arrays, origin), which follow the arrays. Raises ValueError for another version."""
+def _read_stamp(file: BinaryIO, version: int, expected: Origin) -> int:
+    """The checksum of the arrays, from what follows them. Raises ValueError for another version or origin."""
     stamp = np.lib.format.read_array(file, allow_pickle=False)
     mark = np.lib.format.read_array(file, allow_pickle=False)
-    if stamp.dtype != STAMP or mark.tolist() != [END_MARK] or int(stamp["version"][0]) != version:
+    if stamp.dtype != STAMP or mark.tolist() != [END_MARK]:
         raise ValueError("another version, or cut short")
-    return int(stamp["crc"][0]), Origin(int(stamp["tar_size"][0]), int(stamp["tar_mtime_ns"][0]))
+    found, crc, *origin = stamp[0].item()
+    if found != version:
+        raise ValueError("another version")
+    if Origin(*origin) != expected:
+        raise ValueError("its tar has changed since")
+    return crc
 
 
 def _pass_over(file: BinaryIO, dtype: np.dtype) -> tuple[int, int]:

@@ -66,6 +66,9 @@ class MicroBatches(Dataset["Batch | Parcel | Refusal"]):
                 raw = self.shards.read(index)
             except UserError as error:
                 return Refusal(str(error))
+            except BadSample as error:
+                dropped.append((self.shards.sample_id(index), str(error)))
+                continue
             try:
                 samples.append(self._transform(raw.data, raw.id, epoch))
             except BadSample as error:

@@ -45,12 +45,32 @@ class SizedBatches(Protocol):
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """How many samples could not be decoded."""
+
+    train: int
+    """In one epoch; each counts once, however often it is met."""
+    test: int
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What became of one model and seed."""
+
+    accuracy: float
+    """Balanced, on what of the test set could be decoded."""
+    dropped: Dropped
+
+
+@dataclass(frozen=True)
 class FineTuneScores:
     """One row of the table."""
 
     weights: str
     accuracies: tuple[float, ...]
     """Balanced accuracy on the test set, by seed."""
+    dropped: Dropped
+    """The same for all rows and seeds."""
 
     @property
     def mean(self) -> float:
@@ -91,11 +111,12 @@ def fine_tune(
     *,
     settings: FineTuneSettings,
     seed: int,
-) -> float:
-    """Train `student` in place on all of `train` (every epoch of it) and return its balanced accuracy on `test`.
+) -> FineTuned:
+    """Train `student` in place on all of `train` (every epoch of it) and score it on `test`.
 
     `class_weights` float32 (classes,) weigh the cross-entropy. `seed` draws the linear layer and dropout. The result
-    is a function of the arguments, on one machine. Raises UserError when the loss is not finite.
+    is a function of the arguments, on one machine. Raises UserError when the loss is not finite, or when no sample of
+    either set can be decoded.
     """
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -104,7 +125,10 @@ def fine_tune(
         parameters, class_weights = classifier.trained(), class_weights.to(device)
         optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay)
         factor = rate(len(train), settings.warmup)
+        dropped: set[str] = set()
+        updates = 0
         for number, batch in enumerate(train):
+            dropped.update(sample_id for sample_id, _ in batch.dropped)
             if not batch.sample_ids:  # none of its samples could be decoded
                 continue
             batch = batch.to(device)
@@ -117,7 +141,11 @@ def fine_tune(
                 group["lr"] = settings.lr * factor(number)
             optimizer.step()
             optimizer.zero_grad()
-    return _accuracy(classifier.eval(), test, device)
+            updates += 1
+    if not updates:
+        raise UserError("--train: no sample could be decoded; the shards' index and quarantine say more")
+    accuracy, test_dropped = _accuracy(classifier.eval(), test, device)
+    return FineTuned(accuracy, Dropped(len(dropped), test_dropped))
 
 
 def rate(updates: int, warmup: float) -> Callable[[int], float]:
@@ -127,15 +155,20 @@ def rate(updates: int, warmup: float) -> Callable[[int], float]:
 
 
 @torch.inference_mode()
-def _accuracy(classifier: Classifier, batches: Iterable[Batch], device: torch.device) -> float:
+def _accuracy(classifier: Classifier, batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
+    """(balanced accuracy, samples that could not be decoded)"""
+    dropped = 0
     labels: list[Tensor] = []
     guesses: list[Tensor] = []
     for batch in batches:
+        dropped += len(batch.dropped)
         real = len(batch.sample_ids)
         assert batch.labels is not None
         labels.append(batch.labels[:real])
         guesses.append(classifier(batch.to(device)).argmax(1)[:real].cpu())
-    return balanced_accuracy(torch.cat(labels).numpy(), torch.cat(guesses).numpy())
+    if not sum(map(len, labels)):
+        raise UserError("--test: no sample could be decoded; the shards' index and quarantine say more")
+    return balanced_accuracy(torch.cat(labels).numpy(), torch.cat(guesses).numpy()), dropped
 
 
 def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:
@@ -157,15 +190,13 @@ def score(
 ) -> list[FineTuneScores]:
     """One row per model. `models` gives a fresh copy for a seed (random weights are other ones for each), `train` the
     batches of all epochs in the seed's order: the same for all rows."""
-    return [
-        FineTuneScores(
-            name,
-            tuple(
-                fine_tune(make(seed), train(seed), test, class_weights, settings=settings, seed=seed) for seed in seeds
-            ),
-        )
-        for name, make in models.items()
-    ]
+    rows = []
+    for name, make in models.items():
+        found = [
+            fine_tune(make(seed), train(seed), test, class_weights, settings=settings, seed=seed) for seed in seeds
+        ]
+        rows.append(FineTuneScores(name, tuple(one.accuracy for one in found), found[0].dropped))
+    return rows
 
 
 def table(rows: Sequence[FineTuneScores], chance: float) -> list[str]:
@@ -188,5 +219,8 @@ def record(
         },
         "seeds": list(seeds),
         "chance": chance,
-        "rows": [asdict(row) | {"mean": row.mean, "deviation": row.deviation} for row in rows],
+        "rows": [
+            {"weights": row.weights, "accuracies": row.accuracies, "mean": row.mean, "deviation": row.deviation}
+            for row in rows
+        ],
     }

@@ -16,7 +16,9 @@ from tests.checkpoints import small_config, small_state, write_small_checkpoint
 from tools import probe
 
 
-def shards(folder: Path, samples: int, *, label: bool = True, classes: tuple[str, ...] = ()) -> Path:
+def shards(
+    folder: Path, samples: int, *, label: bool = True, classes: tuple[str, ...] = (), readable: bool = True
+) -> Path:
     """Images of one colour per class, with noise: any encoder should tell them apart. One cannot be decoded."""
     rng = np.random.default_rng(samples)
     folder.mkdir()
@@ -26,7 +28,7 @@ def shards(folder: Path, samples: int, *, label: bool = True, classes: tuple[str
             pixels[..., number % 3] += 150
             buffer = io.BytesIO()
             Image.fromarray((pixels + rng.integers(-30, 30, pixels.shape)).astype(np.uint8)).save(buffer, "PNG")
-            data = b"no picture" if number == 5 else buffer.getvalue()
+            data = b"no picture" if number == 5 or not readable else buffer.getvalue()
             members = [("png", data), ("cls", str(number % 3).encode())] if label else [("png", data)]
             for extension, content in members:
                 info = tarfile.TarInfo(f"{number:03d}.{extension}")
@@ -77,10 +79,11 @@ def test_fine_tuning(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     arguments = ["--fine-tune", "--seeds", 2, "--epochs", 4, "--lr", 0.01, "--batch-size", 8]
     assert call(place, *arguments, "--output", tmp_path / "a.json", "--weights", "random", "student") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step 7  train 40 test 13 classes 3 seeds 2"
+    assert lines[0] == "step 7  train 39 test 12 classes 3 dropped 2 seeds 2"
     assert [line.split()[0] for line in lines[1:]] == ["weights", "random", "student", "chance"]
     first = json.loads((tmp_path / "a.json").read_text())
     assert first["seeds"] == [3, 4]  # from the run's on
+    assert [(first[name]["samples"], first[name]["dropped"]) for name in ("train", "test")] == [(39, 1), (12, 1)]
     settings = first["fine_tuning"]
     assert (settings["epochs"], settings["lr"], settings["batch_size"]) == (4, 0.01, 8)
     random, student = first["rows"]
@@ -94,6 +97,7 @@ def test_fine_tuning(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_bad_input_is_one_line_and_exit_2(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards(tmp_path / "unlabelled", 6, label=False)
     shards(tmp_path / "others", 12, classes=("0", "2", "1"))  # without names, an id is its own
+    shards(tmp_path / "unreadable", 12, readable=False)
     for arguments, keywords, expected in (
         (["--weights", "best"], {}, "--weights best: expected any of random student teacher"),
         (["--layer", 0], {}, "--layer: expected 1 to 3, got 0"),
@@ -102,6 +106,8 @@ def test_bad_input_is_one_line_and_exit_2(place: Path, tmp_path: Path, capsys: p
         (["--fine-tune", "--seeds", 0], {}, "--seeds and --epochs: expected at least 1"),
         (["--fine-tune", "--lr", "nan"], {}, "--lr more than 0"),
         (["--fine-tune", "--lr", 1e30], {}, "fine-tuning diverged"),
+        (["--fine-tune", "--lr", 0.01], {"train": tmp_path / "unreadable"}, "--train: no sample could be decoded"),
+        (["--fine-tune", "--lr", 0.01], {"test": tmp_path / "unreadable"}, "--test: no sample could be decoded"),
         (["--device", "abacus"], {}, "--device abacus: not usable here"),
         (["--batch-size", 0], {}, "expected at least 1"),
         (["--workers", -1], {}, "expected 0 or more"),

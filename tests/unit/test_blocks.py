@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import resource
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -180,6 +181,43 @@ def test_changed_shards_are_cut_again(tmp_path: Path) -> None:
         before.read(0)
 
 
+def replaced_alike(folder: Path, other: Path) -> None:
+    """Copy the tar of `other` over the one of `folder`, which keeps its size and time."""
+    tar = folder / "text-000000.tar"
+    before = tar.stat()
+    tar.write_bytes((other / tar.name).read_bytes())
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert tar.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("lengths", [(40, 300, 90, 500), (300, 300)], ids=["other lengths", "same lengths"])
+def test_tar_replaced_by_one_of_the_same_size_and_time(tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    """Its index notices by a look at the bytes; the table of blocks then belongs to another index."""
+    documents = [story(length, seed) for seed, length in enumerate(lengths)]
+    folder = write_text(tmp_path / "a", documents, max_bytes=10**6)
+    other = write_text(tmp_path / "b", documents[::-1], max_bytes=10**6)
+    before = rows(blocks_of(folder))
+    expected = rows(blocks_of(other))
+    assert before != expected
+    replaced_alike(folder, other)
+    opened = blocks_of(folder)  # stamps alone do not tell
+    with pytest.raises(UserError, match="has changed since this run indexed it"):
+        opened.read(0)
+    assert rows(blocks_of(folder)) == expected
+
+
+def test_block_behind_its_document_is_refused(tmp_path: Path) -> None:
+    """Never tokens of the next document."""
+    found = blocks_of(write_text(tmp_path / "a", [story(300, 1), story(300, 2)]))
+    table = np.array(found._table(0))
+    last = int(np.flatnonzero(table["row"] == 0)[-1])
+    table["length"][last] += 1
+    found._tables[0] = table
+    with pytest.raises(BadSample, match="ends behind its document"):
+        found.read(last)
+    assert len(read_tokens(found.read(last - 1).data)) == table["length"][last - 1]
+
+
 def test_few_tables_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times as many shards as a process may open files, read at random."""
     monkeypatch.setattr("megad2v.data.blocks.OPEN_FILES", 4)
@@ -238,14 +276,24 @@ def test_damaged_table_is_made_again(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables go where indexes go then, and stay in memory where that cannot be written either."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("MEGAD2V_INDEX", str(cache))
     folder = write_text(tmp_path / "a", [story(300, 1)])
     expected = rows(blocks_of(folder))
-    for path in (folder / "index").iterdir():
-        path.unlink()
-    (folder / "index").rmdir()
+    assert not cache.exists()
+    shutil.rmtree(folder / "index")
     (folder / "index").write_text("a file where the folder should be")  # tests may run as root
     assert rows(blocks_of(folder)) == expected
+    assert {path.name for path in cache.glob("*/*")} == {"text-000000.text.npy", "text-000000.text.blocks64.npy"}
+    with monkeypatch.context() as there:
+        there.setattr(blocks_module, "build", lambda *_: pytest.fail("the blocks in the cache fit"))
+        assert rows(blocks_of(folder)) == expected
+    shutil.rmtree(cache)
+    cache.write_text("a file where the cache should be")
+    found = blocks_of(folder)
+    assert rows(found) == expected and list(found._in_memory) == [0]
 
 
 def test_many_build_at_once(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megad2v.errors import UserError
 from megad2v.metrics.fine_tune import (
+    Dropped,
     FineTuneScores,
     FineTuneSettings,
     balanced_weights,
@@ -73,7 +74,7 @@ def model(seed: int = 0) -> Student:
 
 def accuracy(train: Images, *, seed: int = 0, weights: Tensor | None = None) -> float:
     weights = torch.ones(2) if weights is None else weights
-    return fine_tune(model(), train, Images(128, 1), weights, settings=SETTINGS, seed=seed)
+    return fine_tune(model(), train, Images(128, 1), weights, settings=SETTINGS, seed=seed).accuracy
 
 
 def test_a_planted_signal_is_learned_and_shuffled_labels_are_not() -> None:
@@ -124,6 +125,30 @@ def test_batches_of_which_nothing_is_left() -> None:
     fine_tune(model(), WithEmpty(32, 0), Images(16, 1), torch.ones(2), settings=SETTINGS, seed=0)
 
 
+def test_dropped_samples_are_counted_once() -> None:
+    """However many epochs meet them; without anything left there is no score."""
+    nothing = replace(
+        batch(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.tensor([-1])),
+        sample_ids=(),
+        dropped=(("a.tar/x", "no picture"), ("a.tar/y", "no picture")),
+    )
+
+    class WithBad(Images):
+        def __iter__(self) -> Iterator[Batch]:
+            for one in super().__iter__():
+                yield from [nothing, replace(one, dropped=(("a.tar/z", "no picture"),))]
+
+    class AllBad(Images):
+        def __iter__(self) -> Iterator[Batch]:
+            yield nothing
+
+    found = fine_tune(model(), WithBad(32, 0, 2), WithBad(16, 1), torch.ones(2), settings=SETTINGS, seed=0)
+    assert found.dropped == Dropped(train=3, test=3)
+    for name, train, test in (("train", AllBad(32, 0), Images(16, 1)), ("test", Images(32, 0), AllBad(16, 1))):
+        with pytest.raises(UserError, match=f"--{name}: no sample could be decoded"):
+            fine_tune(model(), train, test, torch.ones(2), settings=SETTINGS, seed=0)
+
+
 def test_divergence_is_a_line() -> None:
     settings = FineTuneSettings(lr=1e30)
     with pytest.raises(UserError, match="lower --lr"):
@@ -165,9 +190,9 @@ def test_every_row_and_seed_starts_afresh() -> None:
     rows = score({"a": make, "b": make}, lambda seed: Images(64, seed), Images(64, 1), torch.ones(2), **arguments)
     assert made == [4, 5, 4, 5]
     assert rows[0].accuracies == rows[1].accuracies
-    known = FineTuneScores("x", (0.5, 0.7))
+    known = FineTuneScores("x", (0.5, 0.7), Dropped(0, 0))
     assert (known.mean, known.deviation) == (pytest.approx(0.6), pytest.approx(0.1414, abs=1e-4))
-    assert FineTuneScores("x", (0.5,)).deviation == 0.0
+    assert FineTuneScores("x", (0.5,), Dropped(0, 0)).deviation == 0.0
     assert table([known], 0.25)[1].split() == ["x", "60.00", "14.14"]
     written = record([known], 0.25, SETTINGS, [4, 5], 16)
     assert written["rows"][0]["accuracies"] == (0.5, 0.7) and written["fine_tuning"]["lr"] == 3e-3

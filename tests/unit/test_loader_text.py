@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from megad2v.config.schema import Config, MicroBatchConfig
+from megad2v.data.blocks import BlockSet
 from megad2v.data.loader import TrainingLoader, labelled_batches, validation_batches
+from megad2v.data.shardset import RawSample
 from megad2v.modalities.batch import Batch
+from megad2v.modalities.sample import BadSample
 from megad2v.modalities.text.decode import write_tokens
 from tests.unit.text_helpers import document, story, text_config, write_text
 
@@ -168,6 +171,22 @@ def test_bad_document_is_dropped(tmp_path: Path, blocks: str) -> None:
     assert dropped[names[0]].startswith("cut short: ")
     assert dropped[names[1]] == "token id 299, <mask>, inside a document"
     assert set(names).isdisjoint(keys(batches)) and len(set(keys(batches))) >= len(DOCUMENTS) - 2
+
+
+def test_block_behind_its_document_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the reader refuses costs the run no more than one that the decoder refuses."""
+    read = BlockSet.read
+
+    def refuses(self: BlockSet, index: int) -> RawSample:
+        if self.sample_id(index).endswith("0005:0"):
+            raise BadSample("ends behind its document")
+        return read(self, index)
+
+    monkeypatch.setattr(BlockSet, "read", refuses)
+    settings = settings_for(folder, "complete_doc")
+    batches = consumed(settings, steps=-(-epoch_of(settings)[1] // 4))
+    dropped = [(sample_id.partition("/")[2], reason) for batch in batches for sample_id, reason in batch.dropped]
+    assert set(dropped) == {("0005:0", "ends behind its document")}
 
 
 def test_documents_without_a_length_are_told(tmp_path: Path) -> None:
