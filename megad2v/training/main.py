@@ -35,7 +35,7 @@ from megad2v.metrics.report import peak_memory
 from megad2v.modalities.text.tokenizer import Tokenizer
 from megad2v.training.loop import Run, finish_saving, train
 from megad2v.training.setup import set_up
-from megad2v.training.signals import StopRequests
+from megad2v.training.signals import StopRequests, tell_script
 from megad2v.training.state import load
 
 DEMO_CORPORA = {"vision": "image", "speech": "speech", "text": "text"}
@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None, requests: StopRequests | None =
         if stop.on_one_rank:
             watch.fail(str(stop), stop.exit_code)
             distributed.leave_now(stop.exit_code)
+        tell_script()
         distributed.stop()
         return stop.exit_code
     except KeyboardInterrupt:
