@@ -332,6 +332,8 @@ def _committed(run: Run, saved: Saved) -> None:
         run.logger.write(run.progress.step, {"saved": saved.directory.name, **times})
     if run.world.is_main and run.prunes:
         try:
-            prune(run.directory, run.config.train.keep_last, run.config.train.keep_every)
+            train = run.config.train
+            spare = Path(train.resume)  # a command that names it may be repeated; "auto" and "never" are no folders
+            prune(run.directory, train.keep_last, train.keep_every, spare=spare)
         except OSError as error:  # the new one is safe; too many old ones are no reason to stop
             print(f"train.keep_last: older checkpoints could not be deleted: {error}", flush=True)

@@ -24,8 +24,8 @@ from megad2v.errors import Preempted
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _IMPORTING, _START_UP, _TRAINING = range(3)
 PREEMPTED_FILE = "MEGAD2V_PREEMPTED"
-"""Environment variable: a file that ranks make when all leave with exit code 75, for launchers that do not hand it on. A
-rank that is stopped in start-up makes none: its launcher may be ending it because another one failed."""
+"""Environment variable: a file that ranks make when all leave with exit code 75, for launchers that do not hand it on.
+A rank that is stopped in start-up makes none: its launcher may be ending it because another one failed."""
 
 
 class StopRequests:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megad2v.checkpoint.catalog import newest_valid, prune, recover, set_aside_later, step_directory, steps_present
 from megad2v.checkpoint.layout import Index
+from megad2v.errors import UserError
+from megad2v.training.setup import _alone_in
 
 
 def _run(tmp_path: Path, *steps: int) -> Path:
@@ -56,6 +60,21 @@ def test_every_kth_is_never_deleted(tmp_path: Path) -> None:
     _run(run, 300, 350)
     prune(run, 1, keep_every=100)
     assert steps_present(run) == [100, 200, 300, 350]
+
+
+def test_where_a_command_starts_from_is_not_deleted(tmp_path: Path) -> None:
+    run = _run(tmp_path, 50, 100, 150, 200)
+    prune(run, 1, spare=run / "checkpoints" / ".." / "checkpoints" / "step_00000100")
+    assert steps_present(run) == [100, 200]
+    prune(run, 1, spare=Path("auto"))
+    assert steps_present(run) == [200]
+
+
+def test_a_run_that_was_started_meanwhile(tmp_path: Path) -> None:
+    run = _run(tmp_path, 50)
+    with pytest.raises(UserError, match=r"another run was started in .* meanwhile; repeat the command"):
+        _alone_in(run, still_empty=True)
+    _alone_in(run).release()
 
 
 def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
