@@ -95,8 +95,7 @@ def recover(run: Path) -> list[str]:
             shutil.rmtree(left)
             if prefix == WRITING:
                 done.append(f"removed {left}: it was never committed")
-    if done:
-        point_to_latest(run)
+    point_to_latest(run)  # a kill between the rename and this leaves nothing else to see
     return done
 
 
@@ -104,8 +103,10 @@ def point_to_latest(run: Path) -> None:
     """Make `latest` name the newest checkpoint that is there, after others were put aside or taken back."""
     latest, steps = run / "checkpoints" / "latest", steps_present(run)
     if steps:
-        write_file(latest, step_directory(run, steps[-1]).name + "\n")
-        sync_directory(latest.parent)
+        text = step_directory(run, steps[-1]).name + "\n"
+        if not latest.exists() or latest.read_bytes() != text.encode():
+            write_file(latest, text)
+            sync_directory(latest.parent)
     else:
         latest.unlink(missing_ok=True)
 

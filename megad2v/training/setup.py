@@ -40,7 +40,7 @@ from megad2v.engine.distributed import (
 )
 from megad2v.engine.fragments import own_numel, shapes
 from megad2v.engine.guard import Guard
-from megad2v.engine.hang import set_aside
+from megad2v.engine.hang import exchange_limit, set_aside
 from megad2v.engine.setup import TrainingEngine, check_compiler, check_deepspeed
 from megad2v.engine.watchdog import Watchdog
 from megad2v.errors import UserError
@@ -119,7 +119,7 @@ def set_up(
         ),
         records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),
         guard=Guard(engine, world, watch, limit=config.train.hang_timeout),
-        background=BackgroundWriter(at=watch.at) if config.train.async_save else None,
+        background=_background(config, watch),
         logger=logger,
         lock=lock,
         requests=requests or StopRequests(),
@@ -129,6 +129,12 @@ def set_up(
         print("\n".join(_report(run, ds, precision=precision, recipe=recipe, peak=peak_source)), flush=True)
     _restore(run, resumed, source)
     return run
+
+
+def _background(config: Config, watch: Watchdog) -> BackgroundWriter | None:
+    if not config.train.async_save:
+        return None
+    return BackgroundWriter(at=watch.at, timeout=exchange_limit(config.train.hang_timeout))
 
 
 def _report(run: Run, ds: dict[str, Any], *, precision: str, recipe: str, peak: str) -> list[str]:

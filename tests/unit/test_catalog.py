@@ -105,6 +105,10 @@ def test_recover_takes_back_a_step_that_was_being_replaced(tmp_path: Path) -> No
     assert len(said) == 2 and "took back" in said[0] and "never committed" in said[1]
     assert recover(run) == []
 
+    (folder / "latest").write_text("step_00000100\n")  # killed between the rename and this
+    assert recover(run) == []
+    assert (folder / "latest").read_text() == "step_00000200\n"
+
     (folder / ".replaced_step_00000200").mkdir()  # killed after both renames: the new one is there
     assert recover(run) == []
     assert _names(run) == ["latest", "step_00000100", "step_00000200"]
