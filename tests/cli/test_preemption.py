@@ -107,6 +107,31 @@ def test_time_is_up_in_the_middle(demo_shards: Path, tmp_path: Path, monkeypatch
     Checkpoint(output / "checkpoints" / f"step_{reached:08d}").verify()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("full", [False, True], ids=["written", "disk full"])
+def test_while_an_older_step_is_being_written(full: bool, demo_shards: Path, tmp_path: Path) -> None:
+    """Both are saved; where the older one fails, on one rank, that is said and the step at hand is saved all the
+    same."""
+    output = tmp_path / "run"
+    flags = _flags(
+        demo_shards, output, "--train.steps", "100000", "--train.save_every", "50", "--train.async_save", "true"
+    )
+    slow = {"SLOW_DISK_S": "2"} | ({"FULL_DISK_RANK": "1", "FULL_DISK_STEP": "50"} if full else {})
+    program = "tests/cli/slow_pretrain.py"
+    with LiveRun(flags, ranks=2, logs=tmp_path, program=program, environment=slow) as run:
+        run.until(lambda: run.log().count("writing .writing_step_00000050_") == 2)
+        run.signal(1, signal.SIGTERM)
+        assert run.wait(40) == [75, 75], run.log()
+    reached = last_step(output)
+    assert steps_present(output) == sorted({reached} if full else {50, reached})
+    (said,) = (line for line in run.log().splitlines() if "preempted at step" in line)
+    assert f"preempted at step {reached} (rank 1: SIGTERM): saved " in said and "Traceback" not in run.log()
+    assert run.log().count("step_00000050 could not be written: rank 1: ") == int(full)
+    assert not list((output / "checkpoints").glob(".writing_*"))
+    Checkpoint(output / "checkpoints" / f"step_{reached:08d}").verify()
+
+
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("when", ["while it imports", "start-up"])
 def test_a_signal_before_the_first_step(

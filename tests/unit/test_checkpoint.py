@@ -374,9 +374,10 @@ def test_the_rename_is_the_commit(
             raise OSError(28, "No space left")
         return rename(path, target)
 
-    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="No space left"):
+    with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", fail_to_commit)
-        write_checkpoint(directory, [new], **fields)
+        with pytest.raises(CheckpointError, match="No space left"):
+            write_checkpoint(directory, [new], **fields)
     assert torch.equal(Checkpoint(directory).full("student", "a"), old.values)
     assert {path.name for path in directory.parent.iterdir()} == {"step_00000002", "latest"}
 
