@@ -11,6 +11,13 @@ class UserError(Exception):
     """Set where only this rank of a run can know of it, so it has to say so itself."""
 
 
+class LogError(UserError):
+    """A rank could not write its logs: a full disk, a quota. The run ends, on this rank first; checkpoints stay."""
+
+    exit_code = 1
+    on_one_rank = True
+
+
 class BadNumericState(Exception):
     """The run stopped because going on would waste time or do damage; its state is saved. Raised alike on every rank:
     the message says which quantity, since when, what was saved and what to try."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -48,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"inspect_checkpoint: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps(description.facts, indent=1) if args.json else "\n".join(description.lines))
+    try:
+        print(json.dumps(description.facts, indent=1) if args.json else "\n".join(description.lines), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; nothing is to be flushed into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if description.valid else 1
 
 

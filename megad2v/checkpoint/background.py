@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ class _Write:
 @dataclass
 class _Pending:
     directory: Path
+    aside: Path
     write: _Write
     fields: dict[str, Any]
     started: float
@@ -144,15 +146,18 @@ class _Pending:
 class BackgroundWriter:
     """One per rank and run. All methods but `before_update` are collective, and of the main thread."""
 
-    def __init__(self, *, at: Callable[[str, str], None] = lambda phase, module: None) -> None:
+    def __init__(
+        self, *, at: Callable[[str, str], None] = lambda phase, module: None, timeout: timedelta | None = None
+    ) -> None:
         """`at` hears where this rank stands (phase, part): engine.watchdog.Watchdog.at. Collective where ranks train
-        on GPUs: a gloo group for `ready`, so that asking does not wait for the device."""
+        on GPUs: a gloo group for `ready`, which waits for others as long as `timeout`, so that asking does not wait for
+        the device."""
         self._pending: _Pending | None = None
         self._memory = HostCopy()
         self._at = at
         self._group = None
         if dist.get_world_size() > 1 and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def start(
         self,
@@ -169,9 +174,9 @@ class BackgroundWriter:
         assert self._pending is None, "finish the last checkpoint first"
         begun = time.perf_counter() if begun is None else begun
         self._at("checkpoint", "folder")
-        prepare(directory, lambda: self._memory.reserve(pieces))
-        write = _Write(directory, pieces, self._memory)
-        self._pending = _Pending(directory, write, {"extras": extras or {}, **index}, begun)
+        aside = prepare(directory, lambda: self._memory.reserve(pieces))
+        write = _Write(aside, pieces, self._memory)
+        self._pending = _Pending(directory, aside, write, {"extras": extras or {}, **index}, begun)
         self._pending.stall = time.perf_counter() - begun
 
     def before_update(self) -> None:
@@ -215,6 +220,6 @@ class BackgroundWriter:
             self._at("checkpoint", "commit")  # so that a rank whose file system hangs is behind the others
             return record
 
-        commit(pending.directory, own_file, **pending.fields)
+        commit(pending.directory, pending.aside, own_file, **pending.fields)
         now = time.perf_counter()
         return Saved(pending.directory, now - pending.started, pending.stall + now - begun)

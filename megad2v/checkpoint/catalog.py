@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -62,11 +63,12 @@ def damage_by_all(directory: Path) -> str | None:
     return broadcast_text(problems[0] + more if problems else "") or None
 
 
-def newest_valid_by_all(run: Path) -> tuple[Path | None, list[str]]:
-    """`newest_valid` with each checkpoint's files shared out over all ranks: the same answer on each. Collective: one
-    broadcast of the main rank's list, then `damage_by_all` for each checkpoint until one holds."""
+def newest_valid_by_all(run: Path, steps: Sequence[int] | None = None) -> tuple[Path | None, list[str]]:
+    """`newest_valid`, of all or of the main rank's `steps` (ascending), with each checkpoint's files shared out over
+    all ranks: the same answer on each. Collective: one broadcast of the main rank's list, then `damage_by_all` for each
+    checkpoint until one holds."""
     reasons = []
-    listed = json.dumps(steps_present(run) if dist.get_rank() == 0 else [])
+    listed = json.dumps((steps_present(run) if steps is None else steps) if dist.get_rank() == 0 else [])
     for step in reversed(json.loads(broadcast_text(listed))):
         directory = step_directory(run, step)
         problem = damage_by_all(directory)
@@ -93,8 +95,7 @@ def recover(run: Path) -> list[str]:
             shutil.rmtree(left)
             if prefix == WRITING:
                 done.append(f"removed {left}: it was never committed")
-    if done:
-        point_to_latest(run)
+    point_to_latest(run)  # a kill between the rename and this leaves nothing else to see
     return done
 
 
@@ -102,8 +103,10 @@ def point_to_latest(run: Path) -> None:
     """Make `latest` name the newest checkpoint that is there, after others were put aside or taken back."""
     latest, steps = run / "checkpoints" / "latest", steps_present(run)
     if steps:
-        write_file(latest, step_directory(run, steps[-1]).name + "\n")
-        sync_directory(latest.parent)
+        text = step_directory(run, steps[-1]).name + "\n"
+        if not latest.exists() or latest.read_bytes() != text.encode():
+            write_file(latest, text)
+            sync_directory(latest.parent)
     else:
         latest.unlink(missing_ok=True)
 
@@ -126,8 +129,10 @@ def set_aside_later(run: Path, step: int) -> list[Path]:
     return moved
 
 
-def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Delete all but the newest `keep_last` checkpoints (0 keeps all) and those at multiples of `keep_every` steps.
+def prune(run: Path, keep_last: int, keep_every: int = 0, *, spare: Path | None = None) -> None:
+    """Delete all but the newest `keep_last` checkpoints (0 keeps all), those at multiples of `keep_every` steps, and
+    `spare`, which somebody wants to start from again.
+
     Called by the main rank after a new one was committed: that one is valid, so the last valid one is never deleted.
 
     Of the others only those whose index and sizes are right count as kept; a damaged one is left for people to look
@@ -135,13 +140,13 @@ def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
     """
     if keep_last <= 0:
         return
-    steps = steps_present(run)
+    steps, spared = steps_present(run), spare.resolve() if spare is not None else None
     whole = 0
     for step in reversed(steps if len(steps) > keep_last else []):
         directory = step_directory(run, step)
         if whole < keep_last:
             whole += damage(directory, checksums=False) is None
-        elif not (keep_every and step % keep_every == 0):
+        elif not (keep_every and step % keep_every == 0) and directory.resolve() != spared:
             doomed = directory.rename(directory.with_name(f"{DELETING}{directory.name}"))
             shutil.rmtree(doomed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,16 @@ def describe_run(path: Path, *, verify: bool) -> Description:
     rows = []
     for step in reversed(steps):
         directory = step_directory(run, step)
-        size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-        rows.append({"step": step, "bytes": size, "damage": damage(directory, checksums=verify)})
+        row = {"step": step, "bytes": _bytes(directory), "damage": damage(directory, checksums=verify)}
+        if directory.is_dir():  # else the run has deleted it meanwhile
+            rows.append(row)
     resume = next((row["step"] for row in rows if row["damage"] is None), None)
     aside = sorted(child.name for child in (run / "checkpoints").iterdir() if child.name.startswith("passed_over_"))
     latest = run / "checkpoints" / "latest"
     facts = {
         "run": str(run),
         "verified": verify,
-        "latest": latest.read_text().strip() if latest.exists() else None,
+        "latest": _text(latest),
         "resume": resume,
         "checkpoints": rows,
         "passed_over": aside,
@@ -78,6 +80,22 @@ def describe_run(path: Path, *, verify: bool) -> Description:
     lines += [f"  {name}: put aside when a run went on from an older one" for name in aside]
     lines.append("none of them can be resumed from" if resume is None else f"train.resume auto takes step {resume:,}")
     return Description(facts, lines, resume is not None)
+
+
+def _bytes(directory: Path) -> int:
+    """Of all its files. A run may be deleting them."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError):
+        for file in directory.rglob("*"):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return None
 
 
 def _kinds(index: Index) -> dict[str, dict[str, int]]:

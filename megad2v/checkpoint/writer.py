@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch.distributed as dist
 
 from megad2v.checkpoint.layout import INDEX, ExtraRecord, FileRecord, Index, Piece, check_extra_name, fragments_of
 from megad2v.checkpoint.stream import checksum_of_bytes, write_tensors
-from megad2v.engine.distributed import together
+from megad2v.engine.distributed import broadcast_text, together
 from megad2v.files import sync_directory, write_file
 
 WRITING, REPLACED = ".writing_", ".replaced_"
@@ -32,49 +34,65 @@ def write_checkpoint(
     """Write this rank's pieces; the main rank commits `directory` once every rank's file is on disk.
 
     `extras`, of which the main rank's count: small files by their path in the step directory ("tokenizer/vocab.json"),
-    listed and checked as the data is. `index` holds the other fields of `Index`. Collective: three rounds of one small
-    gather to rank 0 and one broadcast; no tensor is sent. An error on any rank raises CheckpointError on all, and
-    leaves nothing half-written behind.
+    listed and checked as the data is. `index` holds the other fields of `Index`. Collective: one small broadcast, and
+    three rounds of one small gather to rank 0 and one broadcast; no tensor is sent. An error on any rank raises
+    CheckpointError on all, and leaves nothing half-written behind.
     """
-    prepare(directory)
-    commit(directory, lambda: write_own_file(directory, pieces), extras or {}, **index)
+    aside = prepare(directory)
+    commit(directory, aside, lambda: write_own_file(aside, pieces), extras or {}, **index)
 
 
-def prepare(directory: Path, also: Callable[[], None] | None = None) -> None:
+def prepare(directory: Path, also: Callable[[], None] | None = None) -> Path:
     """An empty folder beside `directory` for what will be committed as that, and what every rank has to do besides
-    (`also`). Collective: one round."""
-    aside = _aside(directory)
+    (`also`). Its name is never used twice: a rank that outlives its run cannot write into the next one's. Collective:
+    one broadcast and one round; an error leaves no folder."""
+    aside = _aside(directory, broadcast_text(secrets.token_hex(4)))
 
     def make() -> None:
         if also is not None:
             also()
         if dist.get_rank() == 0:
-            _fresh(aside)
+            _make(aside)
 
-    _on_all(directory, make)
+    try:
+        _on_all(directory, make)
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return aside
 
 
-def write_own_file(directory: Path, pieces: Sequence[Piece]) -> FileRecord:
-    """This rank's file in that folder, fsynced. Talks to nobody; raises OSError and ValueError."""
-    return _write_file(directory, pieces, dist.get_rank())
+def write_own_file(aside: Path, pieces: Sequence[Piece]) -> FileRecord:
+    """This rank's file in that folder, fsynced. Talks to nobody; raises OSError and ValueError, and leaves no part of a
+    file."""
+    return _write_file(aside, pieces, dist.get_rank())
 
 
-def _write_file(directory: Path, pieces: Sequence[Piece], rank: int) -> FileRecord:
-    path = _aside(directory) / f"rank{rank:05d}.safetensors"
-    size, checksum = write_tensors(path, pieces)
+def _write_file(aside: Path, pieces: Sequence[Piece], rank: int) -> FileRecord:
+    path = aside / f"rank{rank:05d}.safetensors"
+    path.touch(exist_ok=False)
+    try:
+        size, checksum = write_tensors(path, pieces)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()  # on a full disk others need the room at once, not when all ranks have met
+        raise
     return FileRecord(path.name, size, checksum, fragments_of(pieces))
 
 
-def commit(directory: Path, own_file: Callable[[], FileRecord], extras: Mapping[str, bytes], **index: Any) -> None:
-    """Gather what every rank's `own_file` returns, then let the main rank make `directory` of it. Collective: two
+def commit(
+    directory: Path, aside: Path, own_file: Callable[[], FileRecord], extras: Mapping[str, bytes], **index: Any
+) -> None:
+    """Gather what every rank's `own_file` returns, then let the main rank make `directory` of `aside`. Collective: two
     rounds, in which errors of any rank become CheckpointError on all."""
     main = dist.get_rank() == 0
     try:
         records = _on_all(directory, own_file)
-        _on_all(directory, lambda: _rename(directory, extras, files=records, **index) if main else None)
+        _on_all(directory, lambda: _rename(directory, aside, extras, files=records, **index) if main else None)
     except CheckpointError:
         if main:
-            shutil.rmtree(_aside(directory), ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
@@ -83,22 +101,25 @@ def write_alone(
 ) -> None:
     """The same by one process that has joined no group: what imports weights writes. Raises CheckpointError, and leaves
     nothing half-written behind."""
-    aside = _aside(directory)
+    aside = _aside(directory, secrets.token_hex(4))
     try:
-        _fresh(aside)
-        _rename(directory, extras or {}, files=[_write_file(directory, pieces, rank=0)], **index)
+        _make(aside)
+        _rename(directory, aside, extras or {}, files=[_write_file(aside, pieces, rank=0)], **index)
     except (OSError, RuntimeError, ValueError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"{directory}: not written ({error})") from error
 
 
-def _fresh(aside: Path) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
+def _make(aside: Path) -> None:
+    first = not aside.parent.exists()
     aside.mkdir(parents=True)
+    for folder in aside.absolute().parents[1:3] if first else ():  # the run directory, and what it lies in
+        with contextlib.suppress(OSError):  # not ours to read
+            sync_directory(folder)
 
 
-def _aside(directory: Path) -> Path:
-    return directory.with_name(f"{WRITING}{directory.name}")
+def _aside(directory: Path, nonce: str) -> Path:
+    return directory.with_name(f"{WRITING}{directory.name}_{nonce}")
 
 
 def _on_all(directory: Path, action: Callable[[], Any]) -> list[Any]:
@@ -109,21 +130,29 @@ def _on_all(directory: Path, action: Callable[[], Any]) -> list[Any]:
         raise CheckpointError(f"{directory} could not be written: {error}; older checkpoints are untouched") from None
 
 
-def _rename(directory: Path, extras: Mapping[str, bytes], **index: Any) -> None:
+def _rename(directory: Path, aside: Path, extras: Mapping[str, bytes], **index: Any) -> None:
     """Extras, the index last, then one rename. A checkpoint of the same step (a run started over) is replaced; where a
-    kill falls between the two renames, `catalog.recover` takes the older one back."""
-    aside = _aside(directory)
+    kill falls between the two renames, `catalog.recover` takes the older one back. What fails after the rename is only
+    said: the checkpoint is there."""
     records = [_write_extra(aside, name, content) for name, content in extras.items()]
     write_file(aside / INDEX, Index(extras=records, **index).dumps())
     sync_directory(aside)
     replaced = directory.with_name(f"{REPLACED}{directory.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
     if directory.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
         directory.rename(replaced)
-    aside.rename(directory)
-    sync_directory(directory.parent)
-    write_file(directory.parent / "latest", directory.name + "\n")
-    sync_directory(directory.parent)
+    try:
+        aside.rename(directory)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(directory)
+        raise
+    try:
+        sync_directory(directory.parent)
+        write_file(directory.parent / "latest", directory.name + "\n")
+        sync_directory(directory.parent)
+    except OSError as error:
+        print(f"{directory} is saved, but its folder could not be brought up to date: {error}", flush=True)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

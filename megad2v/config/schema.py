@@ -275,7 +275,8 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between validations (data.valid); one is always run at the end. 0: only then."""
     resume: str = "auto"
-    """auto: from the newest valid checkpoint in output_dir; never: refuse a directory that has one; or a path."""
+    """auto: from the newest valid checkpoint in output_dir; never: refuse a directory that has one; or a path to start
+    from (once: the same command, repeated, goes on from what it saved since)."""
     init: str | None = None
     """Checkpoint whose student and teacher weights start a new schedule (step 0, fresh optimizer)."""
     init_teacher: Literal["teacher", "student"] = "teacher"

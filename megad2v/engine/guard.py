@@ -22,7 +22,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -31,14 +30,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megad2v.engine.distributed import World
-from megad2v.engine.hang import longest_silence, ranks_in_words
+from megad2v.engine.hang import exchange_limit, ranks_in_words
 from megad2v.engine.setup import TrainingEngine
 from megad2v.engine.watchdog import Watchdog
 
 DIGEST_BITS = 48
 """So that (ranks - 1) x digest fits an int64 for 16,000 ranks."""
-NO_LIMIT_S = 1800.0
-"""Limit of the exchange where train.hang_timeout is 0: torch's own for gloo."""
 
 
 class Disagreement(RuntimeError):
@@ -96,8 +93,7 @@ class Guard:
         self.depth = len(engine.student.encoder.blocks)
         self._group = None
         if world.size > 1:
-            timeout = timedelta(seconds=longest_silence(limit) if limit > 0 else NO_LIMIT_S)
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            self._group = dist.new_group(backend="gloo", timeout=exchange_limit(limit))
         self._plans: tuple[Plan, ...] = ()
         self._seen: tuple[Seen, ...] = ()
         self._step, self._done = 0, 0

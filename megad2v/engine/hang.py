@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +17,20 @@ MISSED_BEATS = 3
 PATIENCE, LEAST_PATIENT_S = 3.0, 600.0
 """Start-up, a first step (compilation, workers) and checkpoints may stand still for PATIENCE times the limit, and at
 least LEAST_PATIENT_S: how long they take has nothing to do with how long a step may take."""
+NO_LIMIT_S = 1800.0
+"""Limit of exchanges over gloo where train.hang_timeout is 0: torch's own."""
 
 
 def longest_silence(limit: float) -> float:
     """Seconds that a collective may wait while train.hang_timeout is `limit`: longer than the watchdog ever does, so
     that it speaks first. It knows who did not arrive; a process group that runs out of time ends those that did."""
     return max(PATIENCE * limit, LEAST_PATIENT_S) + 60.0
+
+
+def exchange_limit(limit: float) -> timedelta:
+    """How long small exchanges over gloo, beside the training's own collectives, may wait; `limit` is
+    train.hang_timeout."""
+    return timedelta(seconds=longest_silence(limit) if limit > 0 else NO_LIMIT_S)
 
 
 class Place(NamedTuple):

@@ -6,12 +6,13 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from megad2v.config.schema import TrainConfig
-from megad2v.errors import UserError
+from megad2v.errors import LogError, UserError
 from megad2v.files import write_file
 
 
@@ -28,16 +29,18 @@ class MetricsLogger:
         self._started, self._first_step = time.monotonic(), resumed_at
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics for `step`. Numbers that are not finite are written as null, which JSON has."""
+        """One line of metrics for `step`. Numbers that are not finite are written as null, which JSON has. Raises
+        LogError."""
         line = {"step": step, **values}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        scalars = {k: v for k, v in finite.items() if isinstance(v, (int, float)) and k != "step"}
-        if self._tensorboard is not None:
-            for key, value in scalars.items():
-                self._tensorboard.add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+        with logging_into(self.path.parent):
+            self._file.write(json.dumps(finite) + "\n")
+            scalars = {k: v for k, v in finite.items() if isinstance(v, (int, float)) and k != "step"}
+            if self._tensorboard is not None:
+                for key, value in scalars.items():
+                    self._tensorboard.add_scalar(key, value, step)
+            if self._wandb is not None:
+                self._wandb.log(scalars, step=step)
 
     def progress(self, step: int, values: dict[str, Any]) -> None:
         """The line a person watches."""
@@ -47,12 +50,25 @@ class MetricsLogger:
         print(f"step {step}/{self.total}  {shown}  ETA {eta}", flush=True)
 
     def close(self) -> None:
-        """Flush all sinks."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Flush all sinks; one that fails does not keep the others from it."""
+        with contextlib.ExitStack() as sinks:
+            sinks.callback(self._file.close)
+            if self._tensorboard is not None:
+                sinks.callback(self._tensorboard.close)
+            if self._wandb is not None:
+                sinks.callback(self._wandb.finish)
+
+
+@contextlib.contextmanager
+def logging_into(run: Path) -> Iterator[None]:
+    """OSErrors of what is written in here become LogError: one line, not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise LogError(
+            f"logs in {run} could not be written: {error}; checkpoints are untouched, and the same command goes on "
+            "from them"
+        ) from error
 
 
 def drop_later_lines(path: Path, step: int) -> None:

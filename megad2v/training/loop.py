@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,13 +76,17 @@ class Run:
         return [memory for _, _, memory in state_memory(self.engine, self.teacher)]
 
     def close(self) -> None:
-        """End workers, close logs."""
-        self.loader.close()
-        self.records.close()
-        if self.logger is not None:
-            self.logger.close()
-        if self.lock is not None:
-            self.lock.release()
+        """End workers, close logs, let go of the lock. What fails in that is only said: how the run ended counts."""
+        parts = (self.loader, self.records, *([self.logger] if self.logger is not None else []))
+        try:
+            for part in parts:
+                try:
+                    part.close()
+                except Exception as error:
+                    print(f"pretrain: {type(part).__name__} was not closed: {error}", file=sys.stderr, flush=True)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
 
 def train(run: Run) -> None:
@@ -139,6 +144,8 @@ def train(run: Run) -> None:
             data_seconds=waited,
         )
 
+        if run.background is not None and run.background.ready():
+            finish_saving(run)  # before logs are written: on a full disk all ranks hear of this error
         halt = None if taken else _refuse(run, verdict, batches, losses)
         if statistics is not None:
             watch.at("log")
@@ -149,8 +156,6 @@ def train(run: Run) -> None:
             _stop(run, halt)
         if run.valid is not None and _due(progress.step, train.eval_every, train.steps):
             _validate(run)
-        if run.background is not None and run.background.ready():
-            finish_saving(run)
         if _due(progress.step, train.save_every, train.steps):
             save_checkpoint(run, delete_older=taken)  # of a streak of refused steps all checkpoints are alike
     finish_saving(run)
@@ -183,6 +188,7 @@ def _leave(run: Run, started_from: int, *, delete_older: bool) -> NoReturn:
     if step == started_from:
         said = "no step was taken, so there is nothing to save"
     else:
+        finish_or_say(run)
         if run.saved != step:
             save_checkpoint(run, delete_older=delete_older)
         finish_saving(run)
@@ -223,6 +229,7 @@ def _refuse(run: Run, verdict: Verdict, batches: Sequence[Batch], losses: Sequen
 def _stop(run: Run, halt: Halt) -> NoReturn:
     """Save, delete nothing, and raise BadNumericState on every rank, with the newest checkpoint before the trouble."""
     step, since = run.progress.step, halt.since
+    finish_or_say(run)
     try:
         save_checkpoint(run, delete_older=False)
         finish_saving(run)
@@ -326,12 +333,29 @@ def finish_saving(run: Run) -> None:
             _committed(run, run.background.finish())
 
 
+def finish_or_say(run: Run) -> None:
+    """The same where the run ends: for the step at hand, or for an error that matters more. What was being written and
+    could not be is only said. Collective."""
+    try:
+        finish_saving(run)
+    except CheckpointError as error:
+        run.saved = None
+        if run.world.is_main:
+            print(f"pretrain: {error}", file=sys.stderr, flush=True)
+
+
 def _committed(run: Run, saved: Saved) -> None:
-    if run.logger is not None:
-        times = {"save_seconds": saved.save_seconds, "save_stall_seconds": saved.stall_seconds}
-        run.logger.write(run.progress.step, {"saved": saved.directory.name, **times})
-    if run.world.is_main and run.prunes:
+    """Delete what the new checkpoint lets go, and log what it cost."""
+    if not run.world.is_main:
+        return
+    begun, train = time.perf_counter(), run.config.train
+    if run.prunes:
+        spare = Path(train.resume)  # a command that names it may be repeated; "auto" and "never" are no folders
         try:
-            prune(run.directory, run.config.train.keep_last, run.config.train.keep_every)
+            prune(run.directory, train.keep_last, train.keep_every, spare=spare)
         except OSError as error:  # the new one is safe; too many old ones are no reason to stop
             print(f"train.keep_last: older checkpoints could not be deleted: {error}", flush=True)
+    if run.logger is not None:
+        stall = saved.stall_seconds + time.perf_counter() - begun
+        times = {"save_seconds": saved.save_seconds, "save_stall_seconds": stall}
+        run.logger.write(run.progress.step, {"saved": saved.directory.name, **times})

@@ -33,9 +33,9 @@ from megad2v.engine.watchdog import Watchdog, start_watchdog
 from megad2v.errors import BadNumericState, Preempted, UserError
 from megad2v.metrics.report import peak_memory
 from megad2v.modalities.text.tokenizer import Tokenizer
-from megad2v.training.loop import Run, finish_saving, train
+from megad2v.training.loop import Run, finish_or_say, train
 from megad2v.training.setup import set_up
-from megad2v.training.signals import StopRequests
+from megad2v.training.signals import StopRequests, tell_script
 from megad2v.training.state import load
 
 DEMO_CORPORA = {"vision": "image", "speech": "speech", "text": "text"}
@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None, requests: StopRequests | None =
         if stop.on_one_rank:
             watch.fail(str(stop), stop.exit_code)
             distributed.leave_now(stop.exit_code)
+        tell_script()
         distributed.stop()
         return stop.exit_code
     except KeyboardInterrupt:
@@ -162,7 +163,7 @@ def pretrain(
         train(run)
     except (UserError, BadNumericState) as error:
         if not error.on_one_rank:
-            _finish_or_say(run)
+            finish_or_say(run)
         raise
     except CheckpointError:
         raise
@@ -177,15 +178,6 @@ def pretrain(
         skipped = f", {run.progress.skipped} of them not taken" if run.progress.skipped else ""
         print(f"done: {run.progress.step} steps{skipped}; checkpoints in {run.directory / 'checkpoints'}", flush=True)
     return run
-
-
-def _finish_or_say(run: Run) -> None:
-    """Commit what is being written while another error, which matters more, ends the run. Collective."""
-    try:
-        finish_saving(run)
-    except CheckpointError as error:
-        if run.world.is_main:
-            print(f"pretrain: {error}", file=sys.stderr, flush=True)
 
 
 def check(

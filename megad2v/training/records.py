@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megad2v.engine.distributed import World
-from megad2v.metrics.logger import drop_later_lines
+from megad2v.metrics.logger import drop_later_lines, logging_into
 from megad2v.modalities.batch import Batch
 from megad2v.training.verdict import Judgement
 
@@ -48,7 +48,8 @@ class RunRecords:
                     "samples": batch.sample_ids,
                     "hashes": batch.fingerprints,
                 }
-                self._trace.write(json.dumps(line) + "\n")
+                with logging_into(self._run):
+                    self._trace.write(json.dumps(line) + "\n")
             if batch.dropped:
                 lines = [
                     json.dumps({"step": step, "micro_batch": micro_batch, "sample": sample, "reason": reason}) + "\n"
@@ -75,7 +76,10 @@ class RunRecords:
             self._append(BAD_STEPS, lines)
 
     def _append(self, name: str, lines: list[str]) -> None:
-        with (self._run / name).open("a") as file:  # one append per write: ranks share the file
+        with (
+            logging_into(self._run),
+            (self._run / name).open("a") as file,
+        ):  # one append per write: ranks share the file
             file.write("".join(lines))
 
     def close(self) -> None:

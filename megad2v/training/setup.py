@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -15,11 +16,15 @@ from filelock import FileLock, Timeout
 from megad2v.checkpoint.background import BackgroundWriter
 from megad2v.checkpoint.catalog import (
     find_checkpoint_by_all,
+    is_step,
     newest_valid_by_all,
     recover,
+    run_of,
     set_aside_later,
+    step_directory,
     steps_present,
 )
+from megad2v.checkpoint.layout import INDEX, Index
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.deepspeed_json import fill_deepspeed, zero_stage
 from megad2v.config.load import to_yaml
@@ -35,7 +40,7 @@ from megad2v.engine.distributed import (
 )
 from megad2v.engine.fragments import own_numel, shapes
 from megad2v.engine.guard import Guard
-from megad2v.engine.hang import set_aside
+from megad2v.engine.hang import exchange_limit, set_aside
 from megad2v.engine.setup import TrainingEngine, check_compiler, check_deepspeed
 from megad2v.engine.watchdog import Watchdog
 from megad2v.errors import UserError
@@ -90,7 +95,7 @@ def set_up(
     if config.data.valid is not None:
         valid = _on_all(lambda: validation_batches(config, rank=world.data.rank, world=world.data.size))
     if not there:  # not before all that can be wrong with a new run has been looked at
-        lock = _on_all(lambda: _alone_in(directory) if world.is_main else None)
+        lock = _on_all(lambda: _alone_in(directory, still_empty=True) if world.is_main else None)
     _on_all(lambda: _prepare_directory(config, filled, directory, start) if world.is_main else None)
     logger = _on_all(
         lambda: (
@@ -114,7 +119,7 @@ def set_up(
         ),
         records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),
         guard=Guard(engine, world, watch, limit=config.train.hang_timeout),
-        background=BackgroundWriter(at=watch.at) if config.train.async_save else None,
+        background=_background(config, watch),
         logger=logger,
         lock=lock,
         requests=requests or StopRequests(),
@@ -124,6 +129,12 @@ def set_up(
         print("\n".join(_report(run, ds, precision=precision, recipe=recipe, peak=peak_source)), flush=True)
     _restore(run, resumed, source)
     return run
+
+
+def _background(config: Config, watch: Watchdog) -> BackgroundWriter | None:
+    if not config.train.async_save:
+        return None
+    return BackgroundWriter(at=watch.at, timeout=exchange_limit(config.train.hang_timeout))
 
 
 def _report(run: Run, ds: dict[str, Any], *, precision: str, recipe: str, peak: str) -> list[str]:
@@ -219,7 +230,7 @@ def _find_resume(config: Config, directory: Path, world: World, extras: Mapping[
             )
         return None
     if asked != "auto":
-        newest: Path | None = find_checkpoint_by_all(Path(asked))
+        newest: Path | None = _find_repeated(config, directory, world) or find_checkpoint_by_all(Path(asked))
     else:
         newest, reasons = newest_valid_by_all(directory)
         for reason in reasons if world.is_main else ():
@@ -236,6 +247,36 @@ def _find_resume(config: Config, directory: Path, world: World, extras: Mapping[
     return checkpoint
 
 
+def _find_repeated(config: Config, directory: Path, world: World) -> Path | None:
+    """The newest valid checkpoint that this same command saved in `directory` after it had started from the path in
+    train.resume: a job that is requeued repeats its command, and the path is where to start, not where to stay."""
+    steps = _same_start(config, directory) if world.is_main else []
+    newest, _ = newest_valid_by_all(directory, steps)
+    if newest is not None and world.is_main:
+        print(
+            f"train.resume: this command has started from {config.train.resume} before, and goes on from what it saved "
+            "since; for another start from there choose another train.output_dir",
+            flush=True,
+        )
+    return newest
+
+
+def _same_start(config: Config, directory: Path) -> list[int]:
+    """Steps saved with the same train.resume and the same settings outside of train.*: one that goes back with another
+    learning rate is another run."""
+    asked, found = Path(config.train.resume).resolve(), []
+    if not is_step(asked) and run_of(asked) == directory.resolve():
+        return []  # this run's newest, whoever saved it
+    now = json.loads(json.dumps(asdict(config)))
+    for step in steps_present(directory):
+        with contextlib.suppress(UserError):
+            saved = Index.load(step_directory(directory, step) / INDEX).config
+            same = all(saved.get(key) == value for key, value in now.items() if key != "train")
+            if same and Path(saved["train"]["resume"]).resolve() == asked:
+                found.append(step)
+    return found
+
+
 def _find_init(config: Config) -> Checkpoint | None:
     """The checkpoint that train.init names, verified by all ranks together."""
     if config.train.init is None:
@@ -250,9 +291,10 @@ def _clear_up(directory: Path) -> None:
         print(line, flush=True)
 
 
-def _alone_in(directory: Path) -> FileLock:
+def _alone_in(directory: Path, *, still_empty: bool = False) -> FileLock:
     """Hold the run directory until the process ends. Two runs in one would mix their logs and delete each other's
-    checkpoints. Raises UserError where another run has it (as far as the file system knows locks) and keeps it.
+    checkpoints. Raises UserError where another run has it (as far as the file system knows locks) and keeps it, or has
+    left checkpoints where there were none when this one looked (`still_empty`).
 
     Processes that were forked inherit a lock (filelock before 4): data workers of a rank that was killed hold on to it
     until they notice, which takes torch 5 seconds.
@@ -265,6 +307,11 @@ def _alone_in(directory: Path) -> FileLock:
         raise UserError(
             f"train.output_dir: another run is writing to {directory}; end it, or choose another directory"
         ) from None
+    if still_empty and steps_present(directory):
+        lock.release()
+        raise UserError(
+            f"train.output_dir: another run was started in {directory} meanwhile; repeat the command to go on from it"
+        )
     return lock
 
 
@@ -286,6 +333,8 @@ def _restore(run: Run, resumed: Checkpoint | None, source: Checkpoint | None) ->
         run.progress = load(resumed, run.engine, run.teacher)
         if say:
             print(f"resumed from {resumed.directory} (step {run.progress.step})", flush=True)
+            if run.config.train.init is not None:
+                print("train.init: it has no effect on a run that is resumed", flush=True)
             if resumed.index.state["data_fingerprint"] != run.loader.fingerprint:
                 print("data.shards: not the shards that this run was started on, so its order changes", flush=True)
     elif source is not None:

@@ -12,6 +12,7 @@ Only the first signal counts. Later ones change nothing: launchers and scheduler
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -22,6 +23,9 @@ from megad2v.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _IMPORTING, _START_UP, _TRAINING = range(3)
+PREEMPTED_FILE = "MEGAD2V_PREEMPTED"
+"""Environment variable: a file that ranks make when all leave with exit code 75, for launchers that do not hand it on.
+A rank that is stopped in start-up makes none: its launcher may be ending it because another one failed."""
 
 
 class StopRequests:
@@ -65,6 +69,13 @@ class StopRequests:
             os._exit(Preempted.exit_code)
         if self._stage == _START_UP:
             raise Preempted(what, on_one_rank=True)
+
+
+def tell_script() -> None:
+    """Make the file that PREEMPTED_FILE names, where it names one."""
+    if path := os.environ.get(PREEMPTED_FILE):
+        with contextlib.suppress(OSError):  # it is no reason not to leave
+            Path(path).touch()
 
 
 def _process_age() -> float:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,18 @@ POLL_S = 0.005
 
 
 class LiveRun:
-    """`launch/pretrain.py` with `flags` on `ranks` processes of this host; rank N prints into logs/rankN.log."""
+    """`launch/pretrain.py`, or another `program`, with `flags` on `ranks` processes of this host; rank N prints into
+    logs/rankN.log."""
 
-    def __init__(self, flags: Sequence[str], *, ranks: int, logs: Path) -> None:
+    def __init__(
+        self,
+        flags: Sequence[str],
+        *,
+        ranks: int,
+        logs: Path,
+        program: str = "launch/pretrain.py",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         count_ranks(ranks, "live run")
         self.output = Path(flags[list(flags).index("--train.output_dir") + 1])
         self._logs = logs
@@ -42,9 +51,9 @@ class LiveRun:
                 place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 with (logs / f"rank{rank}.log").open("wb") as log:
                     process = subprocess.Popen(
-                        [sys.executable, "launch/pretrain.py", *map(str, flags)],
+                        [sys.executable, program, *map(str, flags)],
                         cwd=REPOSITORY,
-                        env=_environment({name: str(value) for name, value in place.items()}),
+                        env=_environment({name: str(value) for name, value in place.items()} | dict(environment or {})),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,3 +51,31 @@ def test_full_disk(background: str, demo_shards: Path, disk: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"(step {written[-1]})" in done.stdout
     assert steps_present(run) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("padding", [0, 2233], ids=["checkpoint", "log"])
+def test_two_ranks_end_with_one_line(padding: int, demo_shards: Path, disk: Path) -> None:
+    """Both files of a checkpoint, the logs of rank 0, which may come first, and everybody's way out. `padding`: bytes
+    after which the log needs a new page of memory while the disk is full."""
+    run = disk / "run"
+    run.mkdir()
+    if padding:
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 0, "padding": "x" * padding}) + "\n")
+    command = ["deepspeed", "--num_gpus", "2", "launch/pretrain.py", "--deepspeed", "ds_configs/zero2.json", *TINY]
+    command += ["--data.shards", str(demo_shards / "train"), "--train.output_dir", str(run), "--train.log_every", "1"]
+    command += ["--train.steps", "12", "--train.save_every", "1", "--train.keep_last", "0"]
+    command += ["--train.async_save", "true", "--train.tensorboard", "false"]
+    done = run_command(command, timeout=110, cwd=REPOSITORY, ranks=2)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "pretrain: error" in line)
+    assert "could not be written" in line and "No space left on device" in line
+    assert "Traceback" not in done.stdout + done.stderr
+    written = steps_present(run)
+    assert newest_valid(run) == (run / "checkpoints" / f"step_{written[-1]:08d}", [])
+
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+    done = run_command(command, timeout=110, cwd=REPOSITORY, ranks=2)
+    assert done.returncode == 0 and f"(step {written[-1]})" in done.stdout, done.stdout + done.stderr
+    assert steps_present(run) == list(range(1, 13))

@@ -92,8 +92,9 @@ def test_a_signal_to_any_rank_and_the_time_stop_all(demo_shards: Path, whole: Pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_time_is_up_in_the_middle(demo_shards: Path, tmp_path: Path) -> None:
+def test_time_is_up_in_the_middle(demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run"
+    monkeypatch.setenv("MEGAD2V_PREEMPTED", str(tmp_path / "preempted"))
     flags = _flags(demo_shards, output, "--train.steps", "100000", "--train.max_minutes", "0.3")
     began = time.monotonic()
     with LiveRun(flags, ranks=2, logs=tmp_path) as run:
@@ -102,13 +103,42 @@ def test_time_is_up_in_the_middle(demo_shards: Path, tmp_path: Path) -> None:
     reached = last_step(output)
     assert 0 < reached < 100000 and steps_present(output) == [reached]
     assert "train.max_minutes (0.3) is over" in _said(run)
+    assert (tmp_path / "preempted").exists()
+    Checkpoint(output / "checkpoints" / f"step_{reached:08d}").verify()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("full", [False, True], ids=["written", "disk full"])
+def test_while_an_older_step_is_being_written(full: bool, demo_shards: Path, tmp_path: Path) -> None:
+    """Both are saved; where the older one fails, on one rank, that is said and the step at hand is saved all the
+    same."""
+    output = tmp_path / "run"
+    flags = _flags(
+        demo_shards, output, "--train.steps", "100000", "--train.save_every", "50", "--train.async_save", "true"
+    )
+    slow = {"SLOW_DISK_S": "2"} | ({"FULL_DISK_RANK": "1", "FULL_DISK_STEP": "50"} if full else {})
+    program = "tests/cli/slow_pretrain.py"
+    with LiveRun(flags, ranks=2, logs=tmp_path, program=program, environment=slow) as run:
+        run.until(lambda: run.log().count("writing .writing_step_00000050_") == 2)
+        run.signal(1, signal.SIGTERM)
+        assert run.wait(40) == [75, 75], run.log()
+    reached = last_step(output)
+    assert steps_present(output) == sorted({reached} if full else {50, reached})
+    (said,) = (line for line in run.log().splitlines() if "preempted at step" in line)
+    assert f"preempted at step {reached} (rank 1: SIGTERM): saved " in said and "Traceback" not in run.log()
+    assert run.log().count("step_00000050 could not be written: rank 1: ") == int(full)
+    assert not list((output / "checkpoints").glob(".writing_*"))
     Checkpoint(output / "checkpoints" / f"step_{reached:08d}").verify()
 
 
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("when", ["while it imports", "start-up"])
-def test_a_signal_before_the_first_step(when: str, demo_shards: Path, tmp_path: Path) -> None:
+def test_a_signal_before_the_first_step(
+    when: str, demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "run"
+    monkeypatch.setenv("MEGAD2V_PREEMPTED", str(tmp_path / "preempted"))
     with LiveRun(_flags(demo_shards, output), ranks=1, logs=tmp_path) as run:
         if when == "start-up":
             run.until(lambda: (output / "config.yaml").exists())
@@ -119,6 +149,7 @@ def test_a_signal_before_the_first_step(when: str, demo_shards: Path, tmp_path: 
     (line,) = (line for line in run.log().splitlines() if line.startswith("pretrain: "))
     assert "SIGTERM before the first step: there is nothing to save" in line and "Traceback" not in run.log()
     assert steps_present(output) == [] and not (output / "hang").exists()
+    assert not (tmp_path / "preempted").exists()  # its launcher may be ending it because another rank failed
 
 
 def _catches(pid: int, number: int) -> bool:

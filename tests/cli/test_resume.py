@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megad2v.checkpoint.catalog import find_checkpoint
+from megad2v.checkpoint.catalog import find_checkpoint, steps_present
 from megad2v.checkpoint.reader import Checkpoint
 from tests.cli.conftest import TINY
 from tests.distributed.harness import REPOSITORY, run_command
@@ -144,3 +145,29 @@ def test_refused_resume_leaves_the_run_as_it_was(demo_shards: Path, tmp_path: Pa
         after = Checkpoint(find_checkpoint(tmp_path / start))
         equal = [torch.equal(after.full("teacher", name), first.full(start, name)) for name in first.names("teacher")]
         assert all(equal) and len(equal) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_path_is_where_a_command_starts_and_not_where_it_stays(demo_shards: Path, tmp_path: Path) -> None:
+    """A job that is requeued repeats its command: what it saved after the first start must not be put aside."""
+    run = tmp_path / "run"
+    command = [sys.executable, "launch/pretrain.py", "--deepspeed", "ds_configs/zero2.json", *TINY]
+    command += ["--data.shards", str(demo_shards / "train"), "--train.output_dir", str(run)]
+    command += ["--train.tensorboard", "false", "--train.save_every", "2", "--train.keep_last", "1"]
+
+    def resumed(*flags: str) -> tuple[int, str]:
+        done = run_command([*command, *flags], timeout=60, cwd=REPOSITORY, ranks=1)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = re.search(r"resumed from \S+ \(step (\d+)\)", done.stdout)
+        return int(found[1]) if found else 0, done.stdout
+
+    assert resumed("--train.steps", "4", "--train.keep_last", "0")[0] == 0
+    start = ["--train.resume", str(run / "checkpoints" / "step_00000002")]
+    first, said = resumed(*start, "--train.steps", "5")
+    assert first == 2 and "set aside" in said and "before" not in said
+    assert steps_present(run) == [2, 5], "what it started from stays"
+    again, said = resumed(*start, "--train.steps", "6", "--train.init", str(run))
+    assert again == 5 and said.count("this command has started from") == 1 and "set aside" not in said
+    assert "train.init: it has no effect" in said
+    assert resumed(*start, "--train.steps", "7", "--optimizer.lr", "1e-4")[0] == 2, "another learning rate: another run"

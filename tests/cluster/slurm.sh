@@ -135,5 +135,25 @@ for case in "preempted_srun --signal=USR1|--nodes 2 --ntasks-per-node 1 launch/s
   compare "$name" one_node_long
 done
 
+# Cancelled: it saves as well, but is not to come back.
+for script in pretrain torchrun; do
+  flags "cancelled_$script"
+  id=$(on a sbatch --parsable --output "$scratch/cancelled_$script.out" --nodes 2 --ntasks-per-node 1 "launch/slurm/$script.sbatch" "${words[@]}")
+  for _ in $(seq 600); do
+    [ "$(cat "$scratch/cancelled_$script/metrics.jsonl" 2> /dev/null | wc -l)" -lt 5 ] || break
+    sleep 0.2
+  done
+  on a scancel "$id"
+  for _ in $(seq 60); do
+    state=$(on a scontrol show job "$id" | grep -o 'JobState=[A-Z]*\|Restarts=[0-9]*' | tr '\n' ' ')
+    [ "$state" != "JobState=CANCELLED Restarts=0 " ] || break
+    sleep 1
+  done
+  sleep 3 # until the script's own last lines have run
+  state=$(on a scontrol show job "$id" | grep -o 'JobState=[A-Z]*\|Restarts=[0-9]*' | tr '\n' ' ')
+  echo "cancelled_$script: $state"
+  [ "$state" = "JobState=CANCELLED Restarts=0 " ] && ! grep -q "back into the queue" "$scratch/cancelled_$script.out" || failures=$((failures + 1))
+done
+
 [ -z "${KEEP:-}" ] || cp "$scratch"/*.out "$scratch"/*.log "$KEEP"
 if [ $failures = 0 ]; then echo "all the same"; else echo "$failures FAILED"; exit 1; fi

@@ -165,7 +165,7 @@ def test_a_process_killed_in_between_leaves_what_was_there(alone: None, tmp_path
     start(saver, tmp_path, 2, value)
     assert steps_present(tmp_path) == [1]
     (said,) = recover(tmp_path)  # as the next run does; this one is as good as dead
-    assert "step_00000002: it was never committed" in said
+    assert ".writing_step_00000002_" in said and "it was never committed" in said
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000001"]
     gate.set()
     with pytest.raises(CheckpointError):

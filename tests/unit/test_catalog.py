@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megad2v.checkpoint.catalog import newest_valid, prune, recover, set_aside_later, step_directory, steps_present
 from megad2v.checkpoint.layout import Index
+from megad2v.errors import UserError
+from megad2v.training.setup import _alone_in
 
 
 def _run(tmp_path: Path, *steps: int) -> Path:
@@ -58,6 +62,21 @@ def test_every_kth_is_never_deleted(tmp_path: Path) -> None:
     assert steps_present(run) == [100, 200, 300, 350]
 
 
+def test_where_a_command_starts_from_is_not_deleted(tmp_path: Path) -> None:
+    run = _run(tmp_path, 50, 100, 150, 200)
+    prune(run, 1, spare=run / "checkpoints" / ".." / "checkpoints" / "step_00000100")
+    assert steps_present(run) == [100, 200]
+    prune(run, 1, spare=Path("auto"))
+    assert steps_present(run) == [200]
+
+
+def test_a_run_that_was_started_meanwhile(tmp_path: Path) -> None:
+    run = _run(tmp_path, 50)
+    with pytest.raises(UserError, match=r"another run was started in .* meanwhile; repeat the command"):
+        _alone_in(run, still_empty=True)
+    _alone_in(run).release()
+
+
 def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
     """200 and 300 cannot be gone back to; 100, the only one left behind the newest, must stay."""
     run = _run(tmp_path, 50, 100, 200, 300, 400)
@@ -85,6 +104,10 @@ def test_recover_takes_back_a_step_that_was_being_replaced(tmp_path: Path) -> No
     assert (folder / "latest").read_text() == "step_00000200\n"
     assert len(said) == 2 and "took back" in said[0] and "never committed" in said[1]
     assert recover(run) == []
+
+    (folder / "latest").write_text("step_00000100\n")  # killed between the rename and this
+    assert recover(run) == []
+    assert (folder / "latest").read_text() == "step_00000200\n"
 
     (folder / ".replaced_step_00000200").mkdir()  # killed after both renames: the new one is there
     assert recover(run) == []

@@ -359,6 +359,62 @@ def test_a_failed_write_leaves_what_was_there(
     assert {path.name for path in directory.parent.iterdir()} == {"step_00000002", "latest"}
 
 
+def test_the_rename_is_the_commit(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it fails, a step that was being replaced comes back; what fails after it is only said."""
+    directory = step_directory(tmp_path, 2)
+    fields = index_fields(CONFIG, {"a": (3,)}, 2)
+    old, new = (Piece("student", "a", 0, torch.full((3,), value)) for value in (1.0, 2.0))
+    write_checkpoint(directory, [old], **fields)
+    rename, sync = Path.rename, writer.sync_directory
+
+    def fail_to_commit(path: Path, target: Path) -> Path:
+        if path.name.startswith(".writing_"):
+            raise OSError(28, "No space left")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail_to_commit)
+        with pytest.raises(CheckpointError, match="No space left"):
+            write_checkpoint(directory, [new], **fields)
+    assert torch.equal(Checkpoint(directory).full("student", "a"), old.values)
+    assert {path.name for path in directory.parent.iterdir()} == {"step_00000002", "latest"}
+
+    def fail_behind(folder: Path) -> None:
+        if folder == directory.parent:
+            raise OSError(28, "No space left")
+        sync(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "sync_directory", fail_behind)
+        write_checkpoint(directory, [new], **fields)
+    assert "is saved, but" in capsys.readouterr().out
+    assert torch.equal(Checkpoint(directory).full("student", "a"), new.values)
+    assert {path.name for path in directory.parent.iterdir()} == {"step_00000002", "latest"}
+
+
+def test_folders_are_nobody_elses(alone: None, tmp_path: Path) -> None:
+    """A rank that outlives its run, or writes twice, spoils no file of another; a failed start leaves no folder."""
+    directory = step_directory(tmp_path, 2)
+    first, second = writer.prepare(directory), writer.prepare(directory)
+    assert first != second
+    piece = Piece("student", "a", 0, torch.ones(3))
+    writer.write_own_file(first, [piece])
+    with pytest.raises(FileExistsError):
+        writer.write_own_file(first, [piece])
+    with pytest.raises(ValueError, match="float32"):
+        writer.write_own_file(second, [Piece("student", "a", 0, torch.ones(3, dtype=torch.float64))])
+    assert [path.name for path in first.iterdir()] == ["rank00000.safetensors"] and not list(second.iterdir())
+
+    def fail() -> None:
+        raise MemoryError("no memory")
+
+    with pytest.raises(CheckpointError, match="no memory"):
+        writer.prepare(directory, fail)
+    assert {path.name for path in directory.parent.iterdir()} == {first.name, second.name}
+
+
 def test_helper_cuts_are_odd() -> None:
     """The tests above mean something only if the pieces are."""
     pieces: list[list[Piece]] = cut(STATE, 3)

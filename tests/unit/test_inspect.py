@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megad2v.checkpoint import describe
 from megad2v.checkpoint.catalog import step_directory
 from megad2v.checkpoint.layout import Index
 from tests.checkpoints import small_config, small_state, write_small_checkpoint
+from tests.distributed.harness import REPOSITORY
 from tools.inspect_checkpoint import main
 
 CONFIG = small_config(depth=1)
@@ -85,3 +91,29 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for path in (tmp_path / "nowhere", tmp_path, tmp_path / "step_00000001"):
         assert main([str(path)]) == 2
         assert capsys.readouterr().err.startswith("inspect_checkpoint: ")
+
+
+def test_a_run_that_deletes_while_it_is_looked_at(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = describe.damage
+
+    def damage_and_delete(directory: Path, **how: Any) -> str | None:
+        found = look(directory, **how)
+        if directory.name == "step_00000010":
+            shutil.rmtree(directory)
+        return found
+
+    monkeypatch.setattr(describe, "damage", damage_and_delete)
+    (run / "checkpoints" / "latest").unlink()
+    seen = facts(capsys, run)
+    assert [row["step"] for row in seen["checkpoints"]] == [15, 5] and seen["latest"] is None
+
+
+def test_a_reader_that_has_seen_enough(run: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "tools/inspect_checkpoint.py", str(run)]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
