@@ -238,8 +238,6 @@ MUTANTS = (
     Mutant(
         "a bucket's rows are looked up from the shard's first",
         "megad2v/data/buckets.py",
-        "rows[borders[bucket.number] + within[here]]",
-        "rows[within[here]]",
         "rows[borders[bucket.number] + within[here]",
         "rows[within[here]",
         f"{LENGTHS}::test_budget_and_bucket_hold",
