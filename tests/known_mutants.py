@@ -405,11 +405,11 @@ MUTANTS = (
         "tests/unit/test_blocks.py::test_blocks_are_the_rule_s",
     ),
     Mutant(
-        "blocks: table of a tar that came later",
+        "blocks: table and index of different tars",
         "megad2v/data/blocks.py",
-        "if found is not None and found[1] == origin:",
-        "if found is not None:",
-        "tests/unit/test_blocks.py::test_table_of_a_tar_that_came_later_is_not_used",
+        "if (now.crc, now.probe) != (first.crc, first.probe):",
+        "if False:",
+        "tests/unit/test_blocks.py::test_tar_replaced_by_one_of_the_same_size_and_time",
     ),
     Mutant(
         "blocks: every table stays open",
