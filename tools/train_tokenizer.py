@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where me
 
 from megad2v.errors import UserError
 from megad2v.modalities.text.byte_level import import_byte_level
+from megad2v.modalities.text.export import check_exportable
 from megad2v.modalities.text.reading import Lines, find_inputs
 from megad2v.modalities.text.tokenizer import ABOUT_FILE, MODEL_FILES, VOCABULARY_FILE
 from megad2v.modalities.text.train import MODELS, TrainingOptions, train_tokenizer
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Make the vocabulary; returns the line to print. Raises UserError."""
+    """Make the vocabulary; returns the lines to print. Raises UserError."""
     _check_output(args.output, args.overwrite)
     heard = ""
     if args.source is not None:
@@ -86,7 +87,12 @@ def run(args: argparse.Namespace) -> str:
         if lines.passed_over:
             heard += f" ({lines.passed_over} more could not be read)"
     tokenizer.save(args.output)
-    return f"{args.output}: {tokenizer.name}, {tokenizer.vocabulary:,} ids, fingerprint {tokenizer.fingerprint}{heard}"
+    made = f"{args.output}: {tokenizer.name}, {tokenizer.vocabulary:,} ids, fingerprint {tokenizer.fingerprint}{heard}"
+    try:
+        check_exportable(tokenizer.name)
+    except UserError as error:
+        return f"{made}\ntools/convert_checkpoint.py --to hf will refuse runs with it: {error}"
+    return made
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:

@@ -103,6 +103,11 @@ def _text(config: Config) -> list[str]:
             "mask.random and mask.kept: expected two fractions of the chosen positions, at most 1 together, "
             f"got {mask.random:g} and {mask.kept:g}"
         )
+    if 0 < config.teacher.context < 1:
+        problems.append(
+            "teacher.context: a fraction of the row, which here is as long as the longest of its micro-batch; texts "
+            f"need 1, got {config.teacher.context}"
+        )
     if text.loss_on == "mask" and mask.random + mask.kept == 1:
         problems.append("text.loss_on: mask, but mask.random + mask.kept is 1, so the student never sees `<mask>`")
     return problems + _no_grid(config)
@@ -193,6 +198,12 @@ def _parallel(config: Config) -> list[str]:
     for key, total in (("model.heads", model.heads), ("model.mlp_ratio x width", hidden)):
         if total % tensor:
             problems.append(f"parallel.tensor: {tensor} ranks cannot share {key} = {total} equally; use a divisor")
+    vocabulary = config.text.vocabulary
+    if config.modality == "text" and vocabulary is not None and -(-vocabulary // tensor) * (tensor - 1) >= vocabulary:
+        problems.append(
+            f"parallel.tensor: {tensor} ranks take ceil({vocabulary} / {tensor}) rows of the vocabulary each, which "
+            "leaves none to the last; use fewer"
+        )
     drawn = [("model.attention_dropout", model.attention_dropout)]
     drawn += [("model.dropout", model.dropout)] if config.parallel.sequence else []
     for key, rate in drawn:

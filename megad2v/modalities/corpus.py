@@ -96,8 +96,10 @@ def find_files(folder: Path, extensions: Collection[str], what: str) -> tuple[li
 
     Raises UserError when the folder is missing or holds none of the former.
     """
+    if not folder.exists():
+        raise UserError(f"{folder}: no such file or folder; check --input")
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --input takes a folder of {what}s or of class folders")
+        raise UserError(f"{folder}: is no folder; --input takes a folder of {what}s or of class folders")
     wanted: list[str] = []
     others: list[str] = []
     for path in _walk(folder):

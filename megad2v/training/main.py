@@ -21,6 +21,7 @@ from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.deepspeed_json import read_deepspeed_json, refuse_unsupported
 from megad2v.config.load import parse_command_line, to_yaml
 from megad2v.config.schema import Config, TrainConfig
+from megad2v.config.validate import validate
 from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.data.vocabulary import with_vocabulary
 from megad2v.data.workers import WorkerDied
@@ -137,11 +138,17 @@ def with_demo_shards(config: Config) -> Config:
 
 def with_tokenizer(config: Config) -> tuple[Config, Mapping[str, bytes]]:
     """Text: with the size of the tokenizer's vocabulary, and the tokenizer's files as checkpoints carry them.
-    Collective; raises UserError alike on every rank."""
+    Collective; raises UserError alike on every rank, also where that size breaks a rule of the configuration."""
     if config.modality != "text":
         return config, {}
     found: list[tuple[Config, Tokenizer]] = []
-    together(lambda: found.append(with_vocabulary(config)), errors=(UserError,), raises=UserError)
+
+    def look() -> None:
+        filled, tokenizer = with_vocabulary(config)
+        validate(filled)
+        found.append((filled, tokenizer))
+
+    together(look, errors=(UserError,), raises=UserError)
     config, tokenizer = found[0]
     return config, {f"{TOKENIZER_FOLDER}/{name}": content for name, content in tokenizer.core_files.items()}
 

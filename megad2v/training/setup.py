@@ -29,6 +29,7 @@ from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.deepspeed_json import fill_deepspeed, zero_stage
 from megad2v.config.load import to_yaml
 from megad2v.config.schema import Config
+from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.data.loader import TrainingLoader, validation_batches
 from megad2v.engine.distributed import (
     World,
@@ -49,13 +50,15 @@ from megad2v.metrics.logger import MetricsLogger, drop_later_lines
 from megad2v.metrics.report import memory_estimate, start_up_report
 from megad2v.metrics.throughput import SampleFlops, Throughput
 from megad2v.modalities.build import HUGGING_FACE, build_student, build_teacher, positions
+from megad2v.modalities.text.export import check_exportable
+from megad2v.modalities.text.tokenizer import ABOUT_FILE
 from megad2v.parallel.layers import layers_for
 from megad2v.teacher.ema import ShardedTeacher
 from megad2v.training.loop import Run
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords
 from megad2v.training.schedules import schedule_remarks
 from megad2v.training.signals import StopRequests
-from megad2v.training.state import check_resumable, initialise_from, load, other_tokenizer
+from megad2v.training.state import check_resumable, initialise_from, load, objective_changes, other_tokenizer
 
 T = TypeVar("T")
 ORPHANS_S = 7.0
@@ -161,15 +164,27 @@ def _report(run: Run, ds: dict[str, Any], *, precision: str, recipe: str, peak: 
     )
     lines += run.loader.remarks + (run.valid.remarks if run.valid is not None else [])
     lines += schedule_remarks(run.config)
-    try:
-        HUGGING_FACE[run.config.modality].check(run.config)
-    except UserError as error:
-        lines.append(f"tools/convert_checkpoint.py --to hf will refuse this run: {error}")
+    lines += _export_remarks(run.config, run.extras)
     if resident and engine.state.stage < 3:
         lines.append("teacher.resident: below ZeRO-3 the teacher's weights are whole anyway; it changes nothing")
     if zero_stage(ds) == 0:
         lines.append("ZeRO stage 0 keeps no float32 fragments and applies NaN steps: running it as stage 1")
     return lines
+
+
+def _export_remarks(config: Config, extras: Mapping[str, bytes]) -> list[str]:
+    """Why the run's model, or its tokenizer, will not be exported: said before it is trained."""
+    checks = [partial(HUGGING_FACE[config.modality].check, config)]
+    about = extras.get(f"{TOKENIZER_FOLDER}/{ABOUT_FILE}")
+    if about is not None:
+        checks.append(partial(check_exportable, json.loads(about)["name"]))
+    remarks = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            remarks.append(f"tools/convert_checkpoint.py --to hf will refuse this run: {error}")
+    return remarks
 
 
 def build_engine(config: Config, filled: dict[str, Any], world: World) -> TrainingEngine:
@@ -337,6 +352,8 @@ def _restore(run: Run, resumed: Checkpoint | None, source: Checkpoint | None) ->
                 print("train.init: it has no effect on a run that is resumed", flush=True)
             if resumed.index.state["data_fingerprint"] != run.loader.fingerprint:
                 print("data.shards: not the shards that this run was started on, so its order changes", flush=True)
+            for line in objective_changes(resumed, run.config):
+                print(line, flush=True)
     elif source is not None:
         teacher_from = run.config.train.init_teacher
         result = initialise_from(source, run.engine, run.teacher, teacher_from=teacher_from)

@@ -227,6 +227,29 @@ def check_resumable(checkpoint: Checkpoint, config: Config, extras: Mapping[str,
             )
 
 
+OBJECTIVE = ("mask", "targets", "loss", "teacher")
+"""Sections of the configuration that say what is learned."""
+TEXT_OBJECTIVE = ("teacher_sees", "loss_on")
+NOT_LEARNED = ("teacher.resident",)
+"""In these sections, but of memory and speed alone."""
+
+
+def objective_changes(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """One line for each key by which a resumed run goes on to learn something else than its checkpoint did: allowed,
+    but not without a word. Keys that the checkpoint is too old to know are passed over."""
+    then, now = checkpoint.index.config, json.loads(json.dumps(asdict(config)))  # JSON has lists for tuples
+    keys = [(section, leaf) for section in OBJECTIVE for leaf in now[section]]
+    if config.modality == "text":
+        keys += [("text", leaf) for leaf in TEXT_OBJECTIVE]
+    return [
+        f"{section}.{leaf}: {now[section][leaf]}, and {then[section][leaf]} before: the objective changes here"
+        for section, leaf in keys
+        if f"{section}.{leaf}" not in NOT_LEARNED
+        and leaf in then.get(section, {})
+        and then[section][leaf] != now[section][leaf]
+    ]
+
+
 def _check_weights(checkpoint: Checkpoint, config: Config) -> None:
     """The same for data.mix: its names and the ratios of its weights. Patterns may differ, as folders are moved; what
     they name is compared by fingerprint."""

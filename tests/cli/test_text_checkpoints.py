@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from megad2v.convert.load import load_tokenizer
 from megad2v.errors import UserError
 from megad2v.modalities.text.synthetic import demo_story
 from megad2v.modalities.text.tokenizer import Tokenizer
-from megad2v.training.state import check_resumable, other_tokenizer
+from megad2v.training.setup import _export_remarks
+from megad2v.training.state import check_resumable, objective_changes, other_tokenizer
 from tests.checkpoints import small_config, small_state, small_text_config, write_small_checkpoint
 from tests.distributed.harness import REPOSITORY, run_command
 
@@ -59,6 +61,10 @@ def test_another_tokenizer(tmp_path: Path) -> None:
     state = small_state(config)
     checkpoint = Checkpoint(write_small_checkpoint(tmp_path / "with", config, state, extras=_extras(BYTES)))
     before = Checkpoint(write_small_checkpoint(tmp_path / "before", config, state))
+    vision = small_config()
+    images = Checkpoint(write_small_checkpoint(tmp_path / "images", vision, small_state(vision)))
+    for one in (checkpoint, before, images):
+        one.index.state["progress"] = {}  # of a run, and not imported
     other = _extras(Tokenizer("sentencepiece", 261, b"other pieces", "bpe"))
     check_resumable(checkpoint, config, _extras(BYTES))
     check_resumable(before, config, other)  # written before checkpoints carried one
@@ -66,8 +72,39 @@ def test_another_tokenizer(tmp_path: Path) -> None:
         check_resumable(checkpoint, config, other)
     assert other_tokenizer(checkpoint, other) and not other_tokenizer(checkpoint, {})
     assert load_tokenizer(before) is None
+    check_resumable(images, vision, {})
+
+
+def test_another_objective_is_said(tmp_path: Path) -> None:
+    """One line a key, whatever the modality; what is written as JSON is no other value for that."""
+    config = small_text_config(text={"vocabulary": 261})
+    checkpoint = Checkpoint(write_small_checkpoint(tmp_path / "text", config, small_state(config)))
+    assert objective_changes(checkpoint, config) == []
+    other = replace(
+        config,
+        text=replace(config.text, teacher_sees="masked_only", max_tokens=9),
+        mask=replace(config.mask, ratio=0.2),
+        teacher=replace(config.teacher, decay_end=0.5, resident=not config.teacher.resident),
+        optimizer=replace(config.optimizer, lr=1.0),
+    )
+    lines = objective_changes(checkpoint, other)
+    assert [line.split(":")[0] for line in lines] == ["mask.ratio", "teacher.decay_end", "text.teacher_sees"]
+    assert lines[0] == f"mask.ratio: 0.2, and {config.mask.ratio} before: the objective changes here"
     vision = small_config()
-    check_resumable(Checkpoint(write_small_checkpoint(tmp_path / "images", vision, small_state(vision))), vision, {})
+    images = Checkpoint(write_small_checkpoint(tmp_path / "images", vision, small_state(vision)))
+    changed = replace(vision, loss=replace(vision.loss, beta=7.0), text=replace(vision.text, loss_on="mask"))
+    assert objective_changes(images, vision) == []
+    assert [line.split(":")[0] for line in objective_changes(images, changed)] == ["loss.beta"]
+    for section in ("mask", "loss"):
+        images.index.config[section].pop("ratio" if section == "mask" else "kind")  # a checkpoint older than the key
+    assert len(objective_changes(images, changed)) == 1
+
+
+def test_a_vocabulary_that_cannot_be_exported_is_said_at_the_start() -> None:
+    config = small_text_config(text={"vocabulary": 261})
+    assert _export_remarks(config, _extras(BYTES)) == _export_remarks(config, {}) == []
+    (line,) = _export_remarks(config, _extras(Tokenizer("sentencepiece", 261, b"pieces", "unigram")))
+    assert "--to hf will refuse this run: a unigram vocabulary cannot be exported" in line
 
 
 def test_a_damaged_tokenizer(tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ RULES: list[tuple[Config, str]] = [
         broken_text(random=0.6, kept=0.5),
         "mask.random and mask.kept: expected two fractions of the chosen positions, at",
     ),
+    (
+        dataclasses.replace(broken_text(), teacher=dataclasses.replace(Config().teacher, context=0.5)),
+        "teacher.context: a fraction of the row, which here is as long as the longest",
+    ),
     (broken_text({"loss_on": "mask"}, random=0.5, kept=0.5), "text.loss_on: mask, but mask.random + mask.kept is 1"),
     (
         dataclasses.replace(of_lengths(data={"micro_batch": MicroBatchConfig(tokens=511)}), modality="text"),
@@ -115,6 +119,17 @@ RULES: list[tuple[Config, str]] = [
     (broken(parallel={"tensor": 0}), "parallel.tensor: expected at least 1, got 0"),
     (broken(parallel={"tensor": 2}), "parallel.tensor: 2 ranks cannot share model.heads = 3 equally"),
     (broken(parallel={"tensor": 3}, model={"mlp_ratio": 0.48}), "parallel.tensor: 3 ranks cannot share model.mlp"),
+    (
+        dataclasses.replace(
+            broken(
+                parallel={"tensor": 4},
+                model={"norm": "post", "relative_bias": False, "heads": 4},
+                text={"vocabulary": 6},
+            ),
+            modality="text",
+        ),
+        "parallel.tensor: 4 ranks take ceil(6 / 4) rows of the vocabulary each, which leaves none to the last",
+    ),
     (broken(parallel={"sequence": True}), "parallel.sequence: splits over tensor-parallel ranks"),
     (
         broken(parallel={"tensor": 3}, model={"attention_dropout": 0.1}, train={"compile": True}),

@@ -273,7 +273,7 @@ def test_overwrite_takes_only_what_is_ours(corpus: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--input", "{}/missing", "--output", "{}/o"], "no such folder"),
+        (["--input", "{}/missing", "--output", "{}/o"], "missing: no such file or folder; check --input"),
         (["--input", "{}/empty", "--output", "{}/o"], "no image"),
         (["--input", "{}/junk", "--output", "{}/o"], "none of the 1 images can be used"),
         (["--input", "{}/splits", "--output", "{}/o"], "look like splits.*--input .*splits/test"),

@@ -217,7 +217,7 @@ def test_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--input", "{}/missing"], "no such folder"),
+        (["--input", "{}/missing"], "missing: no such file or folder; check --input"),
         (["--input", "{}/empty"], "no recording"),
         (
             ["--input", "{}/junk"],

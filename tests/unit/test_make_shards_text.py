@@ -237,7 +237,7 @@ def test_real_tables(shared: Callable[[str], Path], tmp_path: Path, vocabulary: 
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--input", "{}/missing"], "no such folder"),
+        (["--input", "{}/missing"], "missing: no such file or folder; check --input"),
         (["--input", "{}/empty"], "no text"),
         (["--input", "{}/b.md"], "b.md: no .txt, .jsonl, .tsv"),
         (["--input", "{}/junk"], "none of the 1 documents can be used .last: not UTF-8"),

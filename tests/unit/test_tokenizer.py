@@ -183,6 +183,18 @@ def test_unigram_is_not_exported(made: dict[str, Tokenizer], tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_unigram_is_said_when_it_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not when a run with it has ended."""
+    (tmp_path / "a.txt").write_text("\n".join(corpus()))
+    lines = {}
+    for model in ("unigram", "bpe"):
+        words = ["--input", tmp_path / "a.txt", "--model", model, "--vocab-size", 400, "--output", tmp_path / model]
+        assert train_tool.main([str(word) for word in words]) == 0
+        lines[model] = capsys.readouterr().out.splitlines()
+    assert len(lines["unigram"]) == 2 and len(lines["bpe"]) == 1
+    assert "--to hf will refuse runs with it: a unigram vocabulary cannot be exported" in lines["unigram"][1]
+
+
 def test_real_text_equals_the_libraries(shared: Callable[[str], Path], tmp_path: Path) -> None:
     """All books and tables: ids are sentencepiece's and the tokenizers library's own, and texts come back."""
     transformers = pytest.importorskip("transformers")

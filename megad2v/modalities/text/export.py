@@ -50,6 +50,16 @@ def hugging_face_files(tokenizer: Tokenizer, longest: int = LONGEST) -> dict[str
     }
 
 
+def check_exportable(name: str) -> None:
+    """Raises UserError for a vocabulary of this name (`Tokenizer.name`) that has no equal there."""
+    if name == "unigram":
+        # Measured: its Unigram finds "<s>" in texts, and breaks ties ("....") otherwise than sentencepiece.
+        raise UserError(
+            "a unigram vocabulary cannot be exported: the tokenizers library gives other ids for some texts; "
+            "train with --model bpe (char and byte can be exported too)"
+        )
+
+
 def hugging_face_tokenizer(tokenizer: Tokenizer) -> Any:
     """The same vocabulary as an object of the tokenizers library, with specials and template."""
     library = text_library("tokenizers")
@@ -76,12 +86,7 @@ def _of_pieces(tokenizer: Tokenizer) -> Any:
     decoders, normalizers, models = library.decoders, library.normalizers, library.models
     pieces = tokenizer.pieces[: tokenizer.mask]
     spelled = any(piece == "<0x00>" for piece in pieces)
-    if tokenizer.name == "unigram":
-        # Measured: its Unigram finds "<s>" in texts, and breaks ties ("....") otherwise than sentencepiece.
-        raise UserError(
-            "a unigram vocabulary cannot be exported: the tokenizers library gives other ids for some texts; "
-            "train with --model bpe (char and byte can be exported too)"
-        )
+    check_exportable(tokenizer.name)
     merges = _merges(pieces) if tokenizer.name == "bpe" else []
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     model = models.BPE(vocabulary, merges, unk_token=SPECIALS[UNK], fuse_unk=True, byte_fallback=spelled)
