@@ -228,7 +228,7 @@ def _refuse(run: Run, verdict: Verdict, batches: Sequence[Batch], losses: Sequen
 
 def _stop(run: Run, halt: Halt) -> NoReturn:
     """Save, delete nothing, and raise BadNumericState on every rank, with the newest checkpoint before the trouble."""
-    step, since = run.progress.step, halt.since
+    step, since, run.prunes = run.progress.step, halt.since, False
     finish_or_say(run)
     try:
         save_checkpoint(run, delete_older=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,14 +55,15 @@ def test_full_disk(background: str, demo_shards: Path, disk: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("padding", [0, 2233], ids=["checkpoint", "log"])
-def test_two_ranks_end_with_one_line(padding: int, demo_shards: Path, disk: Path) -> None:
-    """Both files of a checkpoint, the logs of rank 0, which may come first, and everybody's way out. `padding`: bytes
-    after which the log needs a new page of memory while the disk is full."""
+@pytest.mark.parametrize("what", ["checkpoints", "logs"])
+def test_two_ranks_end_with_one_line(what: str, demo_shards: Path, disk: Path, tmp_path_factory: Any) -> None:
+    """All ranks hear of a checkpoint's error, and only rank 0 of one in its logs, which are on a disk of their own
+    here: one page large."""
     run = disk / "run"
-    run.mkdir()
-    if padding:
-        (run / "metrics.jsonl").write_text(json.dumps({"step": 0, "padding": "x" * padding}) + "\n")
+    if what == "logs":
+        run = tmp_path_factory.mktemp("run")
+        (run / "metrics.jsonl").symlink_to(disk / "metrics.jsonl")
+        subprocess.run(["mount", "-o", "remount,size=4k", str(disk)], check=True)
     command = ["deepspeed", "--num_gpus", "2", "launch/pretrain.py", "--deepspeed", "ds_configs/zero2.json", *TINY]
     command += ["--data.shards", str(demo_shards / "train"), "--train.output_dir", str(run), "--train.log_every", "1"]
     command += ["--train.steps", "12", "--train.save_every", "1", "--train.keep_last", "0"]
@@ -71,6 +72,7 @@ def test_two_ranks_end_with_one_line(padding: int, demo_shards: Path, disk: Path
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = (line for line in done.stderr.splitlines() if "pretrain: error" in line)
     assert "could not be written" in line and "No space left on device" in line
+    assert ("error: logs in" in line) == (what == "logs")
     assert "Traceback" not in done.stdout + done.stderr
     written = steps_present(run)
     assert newest_valid(run) == (run / "checkpoints" / f"step_{written[-1]:08d}", [])
