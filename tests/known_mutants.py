@@ -461,6 +461,13 @@ MUTANTS = (
         "tests/unit/test_blocks.py::test_changed_shards_are_cut_again",
     ),
     Mutant(
+        "text: a table of blocks is read with the index of another tar",
+        "megad2v/data/blocks.py",
+        "if (now.crc, now.probe) != (first.crc, first.probe):",
+        "if False:",
+        "tests/unit/test_blocks.py::test_tar_replaced_by_one_of_the_same_size_and_time",
+    ),
+    Mutant(
         "text: the vocabulary of the shards for validation is not looked at",
         "megad2v/data/vocabulary.py",
         'keys["data.valid"] = ',
