@@ -64,7 +64,7 @@ def test_a_run_that_collapses_stops(demo_shards: Path, tmp_path: Path) -> None:
     assert found is not None, said
     step, key, value, since = int(found[1]), f"{found[2]}_std", float(found[3]), int(found[4])
     floor = {"target_std": 0.1, "pred_std": 0.01}[key]
-    logged = {line["step"]: line[key] for line in _lines(run / "metrics.jsonl")}
+    logged = {line["step"]: line[key] for line in _lines(run / "metrics.jsonl") if key in line}
     assert step > 100 and value < floor and logged[step] == pytest.approx(value, rel=1e-3)
     assert all(logged[s] < floor for s in range(since, step + 1, 10)) and logged[since - 10] >= floor
     assert f"verdict.min_{key}" in said and "teacher.decay_start" in said
@@ -106,7 +106,7 @@ def test_nan_for_ever_stops_and_an_older_checkpoint_goes_on(demo_shards: Path, t
         assert line["samples"] == consumed[line["step"], line["micro_batch"]]
         assert line["reason"] == "not finite: loss and gradient norm"
         assert line["loss"] is line["step_loss"] is line["grad_norm"] is None
-    (logged,) = _lines(run / "metrics.jsonl")
+    (logged,) = (line for line in _lines(run / "metrics.jsonl") if "loss" in line)
     config = config_from_dict(Checkpoint(run / "checkpoints" / "step_00000005").index.config)
     assert (logged["lr"], logged["ema_decay"]) == rates_at(config, updates=2), (
         "schedules follow the updates, not the steps"
@@ -117,7 +117,7 @@ def test_nan_for_ever_stops_and_an_older_checkpoint_goes_on(demo_shards: Path, t
     done = _train(DEEPSPEED, demo_shards, run, *flags, *back)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "bad_steps.jsonl").read_text() == "", "cut back to the step that is resumed from"
-    assert _lines(run / "metrics.jsonl")[-1]["skipped_steps"] == 0
+    assert [line for line in _lines(run / "metrics.jsonl") if "loss" in line][-1]["skipped_steps"] == 0
 
 
 @pytest.mark.timeout(120)
