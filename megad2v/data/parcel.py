@@ -1,8 +1,8 @@
 """How a micro-batch travels from a worker to the trainer: in one piece.
 
 torch hands on each tensor by itself, in shared memory whose descriptor goes through a socket of its own: 0.3 to 0.7 ms
-of CPU time a tensor, as much as decoding a small image. Here all tensors of a batch lie behind each other; a small
-batch goes through the pipe with the message, a large one as one piece of shared memory.
+of CPU time a tensor, as much as decoding a small image. Here all tensors of a batch lie behind each other; a small one
+goes through the pipe with the message, a large one as one piece of shared memory.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class BadSample(Exception):
 def fingerprint(*arrays: np.ndarray) -> str:
     """Hex hash of the bytes of some arrays, for `data.trace` and the guard, which compares what ranks of a group see.
 
-    XXH3: always on, it has to cost nothing beside decoding (blake2b took a quarter of a 224 x 224 image's time).
+    XXH3: always on, it has to cost nothing beside decoding (blake2b took 18 % of a recording's time, 4 % of a photo's).
     """
     total = xxhash.xxh3_64()
     for array in arrays:

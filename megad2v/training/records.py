@@ -24,10 +24,17 @@ class RunRecords:
         self._writes = world.tensor.rank == 0
         self._run = run
         self._trace = None
-        if trace and self._writes:
-            path = run / "trace" / f"rank{world.rank}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drop_later_lines(path, resumed_at)
+        if not trace:
+            return
+        path = run / "trace" / f"rank{world.rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Before it was killed the run may have had more ranks, or others that wrote: their steps are taken again too.
+        own = [path]
+        if world.rank == 0:
+            own += [other for other in path.parent.glob("rank*.jsonl") if int(other.stem[4:]) >= world.size]
+        for stale in own:
+            drop_later_lines(stale, resumed_at)
+        if self._writes:
             self._trace = path.open("a", buffering=1)
 
     def consumed(self, step: int, batches: Sequence[Batch]) -> None:

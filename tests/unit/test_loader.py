@@ -5,19 +5,21 @@ from __future__ import annotations
 import gc
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import sha256
 from itertools import islice
 from multiprocessing import active_children
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +27,18 @@ import torch
 from megad2v.config.schema import Config, MicroBatchConfig, TrainConfig
 from megad2v.data.format import DatasetInfo, ShardInfo, write_dataset
 from megad2v.data.loader import FiniteBatches, TrainingLoader, labelled_batches, validation_batches
+from megad2v.data.parcel import Parcel
 from megad2v.data.workers import WorkerDied
 from megad2v.engine.guard import Seen
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
+from megad2v.modalities.speech.transforms import SpeechTransform
+from megad2v.modalities.text.transforms import TextTransform
 from megad2v.modalities.vision.transforms import VisionTransform
 from megad2v.training.proposal import seen
 from tests.unit.data_helpers import SHARDS, TOTAL, config, jpeg, write_shards, write_tar
+from tests.unit.speech_helpers import speech_config, write_speech
+from tests.unit.text_helpers import story, text_config, write_text
 
 STEPS = 7  # 56 samples of 21: ends in the third epoch, in the middle of a window
 
@@ -266,6 +273,54 @@ def test_shard_that_vanishes_is_one_clear_line(tmp_path: Path, workers: int) -> 
     with pytest.raises(UserError, match=r"[abc]\.tar: cannot be read") as caught:
         next(iter(loader))
     assert "\n" not in str(caught.value)
+
+
+def recordings(folder: Path) -> Config:
+    return speech_config(write_speech(folder, [900 + 100 * number for number in range(12)]), workers=2)
+
+
+def texts(folder: Path) -> Config:
+    return text_config(write_text(folder, [story(150, number) for number in range(12)]), workers=2)
+
+
+@pytest.mark.parametrize("data,transform", [(recordings, SpeechTransform), (texts, TextTransform)])
+def test_killed_worker_names_its_recording_or_row(
+    data: Callable[[Path], Config], transform: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = data(tmp_path / "shards")
+    with closing(TrainingLoader(settings, rank=0, world=1, start_step=0)) as loader:
+        victim = next(iter(loader))[1].sample_ids[0]
+    original = transform.__call__
+
+    def lethal(self: Any, data: bytes, sample_id: str, epoch: int) -> object:
+        if sample_id == victim:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, data, sample_id, epoch)
+
+    monkeypatch.setattr(transform, "__call__", lethal)
+    with closing(TrainingLoader(settings, rank=0, world=1, start_step=0)) as loader:
+        with pytest.raises(WorkerDied, match=f"while reading .*{re.escape(victim)}"):
+            next(iter(loader))
+
+
+@pytest.mark.parametrize("inline", [0, 10**9])
+def test_parcel_holds_the_batch(reference: list[list[Batch]], inline: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the pipe, and through shared memory; every tensor, aligned, and it can be written to."""
+    monkeypatch.setattr("megad2v.data.parcel.INLINE_BYTES", inline)
+    batch = replace(reference[0][0], padding_bt=torch.tensor([[False] * 15 + [True]] * 2))
+    parcel = Parcel.of(batch)
+    assert isinstance(parcel.content, torch.Tensor) == (inline == 0)
+    assert not any(isinstance(getattr(parcel.rest, field.name), torch.Tensor) for field in fields(batch))
+    opened = ForkingPickler.loads(ForkingPickler.dumps(parcel)).open()
+    for field in fields(batch):
+        mine, theirs = getattr(opened, field.name), getattr(batch, field.name)
+        if isinstance(theirs, torch.Tensor):
+            assert mine.dtype == theirs.dtype and mine.equal(theirs) and mine.is_contiguous()
+            assert mine.data_ptr() % theirs.dtype.itemsize == 0
+            mine.fill_(1)
+        else:
+            assert mine == theirs
 
 
 def test_killed_worker_names_its_sample(
