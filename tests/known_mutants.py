@@ -240,8 +240,6 @@ MUTANTS = (
         "megad2v/data/buckets.py",
         "rows[borders[bucket.number] + within[here]",
         "rows[within[here]",
-        "rows[borders[bucket.number] + within[here]]",
-        "rows[within[here]]",
         f"{LENGTHS}::test_budget_and_bucket_hold",
     ),
     Mutant(
