@@ -256,9 +256,9 @@ def test_raw_samples_of_every_kind(place: Place) -> None:
     name = next(place.files.glob("a.*"))
     assert torch.equal(encoder.embed(name), expected)
     if place.modality == "vision":
-        assert torch.equal(
-            encoder.embed([str(name), name.read_bytes(), np.asarray(place.raw[0])]), expected.expand(3, -1)
-        )
+        several = encoder.embed([str(name), name.read_bytes(), np.asarray(place.raw[0])])
+        # Products of other batch sizes may round otherwise where there are several threads.
+        torch.testing.assert_close(several, expected.expand(3, -1), rtol=1e-5, atol=1e-6)
     if place.modality == "speech":
         wave, rate = place.raw[0]
         assert torch.equal(encoder.embed((np.stack([wave, wave], 1), rate)), expected)
