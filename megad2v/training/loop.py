@@ -159,10 +159,16 @@ def train(run: Run) -> None:
         if _due(progress.step, train.save_every, train.steps):
             save_checkpoint(run, delete_older=taken)  # of a streak of refused steps all checkpoints are alike
     finish_saving(run)
-    if verdict.bad_in_a_row > (1 if progress.updates else 0):  # one bad step at the very end spoils nothing
+    _check_end(run, verdict)
+
+
+def _check_end(run: Run, verdict: Verdict) -> None:
+    """Raise BadNumericState where the run ends in refused steps; one at the very end spoils nothing."""
+    step, refused = run.progress.step, verdict.bad_in_a_row
+    if refused > (1 if run.progress.updates else 0):
         raise BadNumericState(
-            f"the last {verdict.bad_in_a_row} of {progress.step} steps were not taken: "
-            f"{verdict.latest.reason}; {_way_back(run, progress.step - verdict.bad_in_a_row + 1)}. Lower optimizer.lr"
+            f"the last {refused} of {step} steps were not taken: {verdict.latest.reason}; "
+            f"{_way_back(run, step - refused + 1)}. Lower optimizer.lr"
         )
 
 

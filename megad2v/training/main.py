@@ -172,7 +172,7 @@ def pretrain(
         if not error.on_one_rank:
             finish_or_say(run)
         raise
-    except CheckpointError:
+    except CheckpointError:  # a RuntimeError too, but nothing to explain
         raise
     except RuntimeError as error:  # torch reports a dead worker from a signal handler, anywhere in the step
         reason = run.loader.explain(error)
