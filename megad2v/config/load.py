@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from megad2v.config.joint import JointConfig
 from megad2v.config.schema import Config
 from megad2v.config.tree import RETIRED, nearest
 from megad2v.config.validate import validate
@@ -82,8 +83,12 @@ def load_config(*sources: str, **overrides: Any) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole resolved configuration; `--config` reads it back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=120)
+    """The whole resolved configuration; `--config` reads it back to an equal one. The section joint, longer than all
+    others, is there where it says something."""
+    tree = _plain(dataclasses.asdict(config))
+    if config.joint == JointConfig():
+        del tree["joint"]
+    return yaml.safe_dump(tree, sort_keys=False, width=120)
 
 
 def _plain(value: Any) -> Any:

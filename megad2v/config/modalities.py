@@ -1,4 +1,4 @@
-"""Sections of the configuration that belong to a modality: front ends, augmentation, masks. See schema.py."""
+"""Sections of the configuration that belong to a modality: front ends, augmentation, masks, budgets. See schema.py."""
 
 from __future__ import annotations
 
@@ -124,3 +124,15 @@ class MaskConfig:
     """Text: fraction of the chosen positions that show the student a random token (BERT 0.1)."""
     kept: float = 0.0
     """Text: fraction of the chosen positions that show the student their own token (BERT 0.1)."""
+
+
+@dataclass(frozen=True)
+class MicroBatchConfig:
+    """Budget of one micro-batch: give exactly one."""
+
+    samples: int | None = None
+    """Images, recordings, or rows of text, in a micro-batch."""
+    tokens: int | None = None
+    """Text tokens in a micro-batch, padding and `<s>` included."""
+    seconds: float | None = None
+    """Seconds of audio in a micro-batch."""

@@ -11,9 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megad2v.config.modalities import AugmentConfig, MaskConfig, SpeechConfig, TextConfig, VisionConfig
-
-Norm = Literal["none", "layer", "instance"]
+from megad2v.config.joint import JointConfig
+from megad2v.config.modalities import (
+    AugmentConfig,
+    MaskConfig,
+    MicroBatchConfig,
+    SpeechConfig,
+    TextConfig,
+    VisionConfig,
+)
+from megad2v.config.objective import LossConfig, TargetsConfig
 
 
 @dataclass(frozen=True)
@@ -57,45 +64,6 @@ class ModelConfig:
     """Probability that a block of the student is passed over in an update (fairseq's encoder_layerdrop; speech 0.05).
     Drawn per block and update from (train.seed, step), the same for all micro-batches: fairseq draws per forward and
     rank, which could be equal neither across ranks nor across layouts. Teacher and validation run all blocks."""
-
-
-@dataclass(frozen=True)
-class TargetsConfig:
-    """What the teacher's layers become before the student regresses it."""
-
-    layers: int = 3
-    """K: how many of the teacher's last blocks are averaged."""
-    tensor: Literal["attention", "ffn", "ffn_residual", "block"] = "block"
-    """Which tensor of a block: the attention's output or the feed-forward network's, each before its residual sum, the
-    sum behind the latter, or the block's output (which differs from that sum where norms come last)."""
-    layer_norm: Norm = "none"
-    """Normalisation of each layer before averaging: layer (over channels) or instance (over time)."""
-    average_norm: Norm = "layer"
-    """Normalisation of the average."""
-    average: bool = True
-    """Regress the average of the K layers. False (ablation): each layer by a projection of its own, model.head_layers
-    deep, from the same features; the loss is the mean over layers."""
-    padding: Literal["exclude", "include"] = "exclude"
-    """Whether instance norm's statistics take in padded positions; fairseq includes them."""
-    shuffle: bool = False
-    """Control experiment: permute targets over the masked positions of the micro-batch, so nothing can be learned."""
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Regression loss, summed over masked positions and channels, divided by the step's global count of positions."""
-
-    kind: Literal["mse", "smooth_l1"] = "smooth_l1"
-    """Squared error, or smooth L1."""
-    beta: float = 2.0
-    """Where smooth L1 turns from quadratic to linear."""
-    scale: Literal["rsqrt_width", "mean", "sum"] = "rsqrt_width"
-    """Factor on the sum over channels: 1/sqrt(D) (fairseq), 1/D (BEiT fork: a plain mean), or 1."""
-    variance_weight: float = 0.0
-    """Weight of VICReg's variance term on the predictions of a micro-batch (BEiT fork var_w0): the mean over channels
-    of max(0, variance_margin - standard deviation). Not in validation. 0 leaves it out, as all released models do."""
-    variance_margin: float = 0.5
-    """Standard deviation that the term asks for (BEiT fork var_margin0)."""
 
 
 @dataclass(frozen=True)
@@ -178,18 +146,6 @@ class VerdictConfig:
     """The same for predictions (fairseq audio 0.01)."""
     std_after: int = 5000
     """Updates before these two floors hold (fairseq 5000)."""
-
-
-@dataclass(frozen=True)
-class MicroBatchConfig:
-    """Budget of one micro-batch: give exactly one."""
-
-    samples: int | None = None
-    """Images, recordings, or rows of text, in a micro-batch."""
-    tokens: int | None = None
-    """Text tokens in a micro-batch, padding and `<s>` included."""
-    seconds: float | None = None
-    """Seconds of audio in a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -313,8 +269,8 @@ class ParallelConfig:
 class Config:
     """megad2v: data2vec pretraining."""
 
-    modality: Literal["vision", "speech", "text"] = "vision"
-    """What is learned from."""
+    modality: Literal["vision", "speech", "text", "joint"] = "vision"
+    """What is learned from. joint: two or all three of them in one run, one to an update (section joint)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     speech: SpeechConfig = field(default_factory=SpeechConfig)
@@ -330,3 +286,4 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    joint: JointConfig = field(default_factory=JointConfig)

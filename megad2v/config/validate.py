@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+from megad2v.config.parts import JOINT, MODALITIES, joint_key, modalities, of_modality
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
 
@@ -21,9 +22,14 @@ BUDGETS = {
 def validate(config: Config) -> None:
     """Raise UserError for the first contradiction inside the configuration."""
     # Finiteness first: NaN breaks most of the rules below too, and their words would not say so.
-    for rules in (_finite, _model, _objective, _optimisation, _verdict, _data, _run):
+    for rules in (_finite, _joint):
         for problem in rules(config):
             raise UserError(problem)
+    for modality in modalities(config):
+        alone = of_modality(config, modality)
+        for rules in (_model, _objective, _optimisation, _verdict, _data, _run):
+            for problem in rules(alone):
+                raise UserError(joint_key(config, modality, problem))
 
 
 def _finite(section: Any, prefix: str = "") -> list[str]:
@@ -37,6 +43,40 @@ def _finite(section: Any, prefix: str = "") -> list[str]:
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             problems.append(f"{key}: expected a finite number, got {value}")
+    return problems
+
+
+def _joint(config: Config) -> list[str]:
+    """What holds between the modalities of a joint run; each by itself is looked at as a run of its own."""
+    problems, names = [], modalities(config)
+    if config.modality != JOINT:
+        return []
+    for modality in MODALITIES:
+        part = getattr(config.joint, modality)
+        if part.weight < 0:
+            problems.append(f"joint.{modality}.weight: expected at least 0, got {part.weight:g}")
+        if part.loss_weight <= 0:
+            problems.append(
+                f"joint.{modality}.loss_weight: expected more than 0, got {part.loss_weight:g}; to leave the modality "
+                f"out set joint.{modality}.weight 0"
+            )
+    if not names:
+        problems.append("joint: no modality takes part; give two or all of vision, speech and text a weight above 0")
+    if config.model.deep_norm:
+        problems.append("model.deep_norm: is of one modality's post-norm encoder; set it false in a joint run")
+    if config.data.mix is not None:
+        problems.append("data.mix: joint runs read one set of shards for each modality (data.shards); set it null")
+    for key in ("shards", "valid"):
+        value = getattr(config.data, key)
+        if isinstance(value, str):
+            problems.append(
+                f"data.{key}: a joint run needs a map modality: pattern, such as {{{names[0]}: {value}}}, got {value}"
+            )
+        elif value is not None and (missing := [name for name in names if name not in value]):
+            problems.append(
+                f"data.{key}: names no shards of {missing[0]}; give them, or set joint.{missing[0]}.weight 0 to leave "
+                "the modality out"
+            )
     return problems
 
 
