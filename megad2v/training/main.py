@@ -20,6 +20,7 @@ from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.deepspeed_json import read_deepspeed_json, refuse_unsupported
 from megad2v.config.load import parse_command_line, to_yaml
+from megad2v.config.parts import modalities
 from megad2v.config.schema import Config, TrainConfig
 from megad2v.config.validate import validate
 from megad2v.data.format import TOKENIZER_FOLDER
@@ -139,7 +140,7 @@ def with_demo_shards(config: Config) -> Config:
 def with_tokenizer(config: Config) -> tuple[Config, Mapping[str, bytes]]:
     """Text: with the size of the tokenizer's vocabulary, and the tokenizer's files as checkpoints carry them.
     Collective; raises UserError alike on every rank, also where that size breaks a rule of the configuration."""
-    if config.modality != "text":
+    if "text" not in modalities(config):
         return config, {}
     found: list[tuple[Config, Tokenizer]] = []
 
