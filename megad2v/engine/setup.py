@@ -197,7 +197,12 @@ class TrainingEngine:
         return self.deepspeed.module
 
     def forward(
-        self, inputs: Tensor, mask_bmt: Tensor, padding_bt: Tensor | None, run: Collection[int] | None = None
+        self,
+        inputs: Tensor,
+        mask_bmt: Tensor,
+        padding_bt: Tensor | None,
+        run: Collection[int] | None = None,
+        modality: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One micro-batch through student and teacher; see `Student.forward`. Collective under ZeRO-3."""
         plan, self._plan = self._plan, None

@@ -15,6 +15,7 @@ from torch import Tensor
 from megad2v.checkpoint.layout import Piece
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.writer import write_checkpoint
+from megad2v.config.parts import modalities
 from megad2v.config.schema import Config
 from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.data.mix import whole_weights
@@ -41,10 +42,23 @@ class Progress:
     dropped: int = 0
     skipped: int = 0
     """Steps that were refused: not finite, or a spike."""
-    taken_losses: list[float] = field(default_factory=list)
-    """Loss of the last verdict.window steps taken: what a spike is measured against."""
-    taken_norms: list[float] = field(default_factory=list)
+    taken_losses: dict[str, list[float]] = field(default_factory=dict)
+    """By modality, loss of its last verdict.window steps taken: what a spike is measured against."""
+    taken_norms: dict[str, list[float]] = field(default_factory=dict)
     """Their gradient norms."""
+    modality_updates: dict[str, int] = field(default_factory=dict)
+    """Updates really taken with each modality."""
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any], modality: str) -> Progress:
+        """From a checkpoint of a run of `modality` (joint: of several). Before there were joint runs, what is kept by
+        modality now was a list of the run's one modality, and its updates were the run's."""
+        values = dict(saved)
+        for key in ("taken_losses", "taken_norms"):
+            if isinstance(values.get(key), list):
+                values[key] = {modality: values[key]}
+        values.setdefault("modality_updates", {modality: values["updates"]})
+        return cls(**values)
 
 
 def state_memory(engine: TrainingEngine, teacher: ShardedTeacher) -> Iterator[tuple[str, Fragment, Tensor]]:
@@ -94,7 +108,7 @@ def save(
         },
         config=asdict(config),
         layout={"ranks": world.size, "zero_stage": engine.state.stage, "tensor_parallel": config.parallel.tensor},
-        code=versions(config.modality),
+        code=versions(modalities(config)),
         extras=extras,
     )
 
@@ -134,7 +148,7 @@ def load(checkpoint: Checkpoint, engine: TrainingEngine, teacher: ShardedTeacher
     together(read, errors=READ_ERRORS, raises=UserError)
     engine.state.publish()
     teacher.refresh()
-    return Progress(**checkpoint.index.state["progress"])
+    return Progress.restored(checkpoint.index.state["progress"], checkpoint.index.config["modality"])
 
 
 @torch.no_grad()
