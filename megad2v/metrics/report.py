@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import megad2v
-from megad2v.config.parts import JOINT, modalities
+from megad2v.config.parts import JOINT, loss_weight, modalities
 from megad2v.config.schema import Config
 from megad2v.models.layers import APEX_LAYER_NORM
 
@@ -106,16 +106,13 @@ def start_up_report(
 
 
 def joint_report(config: Config) -> list[str]:
-    """A joint run's modalities: how many of the steps each has, and how its gradient is weighed."""
+    """How a joint run's modalities share one encoder; nothing of a run of one modality."""
     if config.modality != JOINT:
         return []
-    parts = {modality: getattr(config.joint, modality) for modality in modalities(config)}
-    total = sum(part.weight for part in parts.values())
-    shares = (
-        f"{name} {part.weight / total:.1%} of the steps (loss_weight {part.loss_weight:g})"
-        for name, part in parts.items()
-    )
-    return [f"joint: {', '.join(shares)}; norms {config.joint.norms}"]
+    factors = (f"{modality} {loss_weight(config, modality):g}" for modality in modalities(config))
+    return [
+        f"joint: one modality to an update, norms {config.joint.norms}, factors on the gradient {', '.join(factors)}"
+    ]
 
 
 def _cpu_name() -> str:

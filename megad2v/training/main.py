@@ -20,7 +20,7 @@ from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.deepspeed_json import read_deepspeed_json, refuse_unsupported
 from megad2v.config.load import parse_command_line, to_yaml
-from megad2v.config.parts import JOINT, modalities, of_modality
+from megad2v.config.parts import JOINT, modalities
 from megad2v.config.schema import Config, TrainConfig
 from megad2v.config.validate import validate
 from megad2v.data.format import TOKENIZER_FOLDER
@@ -154,8 +154,7 @@ def with_tokenizer(config: Config) -> tuple[Config, Mapping[str, bytes]]:
     found: list[tuple[Config, Tokenizer]] = []
 
     def look() -> None:
-        alone, tokenizer = with_vocabulary(of_modality(config, "text"))
-        filled = replace(config, text=alone.text)
+        filled, tokenizer = with_vocabulary(config)
         validate(filled)
         found.append((filled, tokenizer))
 

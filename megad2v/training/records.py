@@ -100,7 +100,7 @@ def _finite(value: float) -> float | None:
 
 
 def low_since(metrics: Path, key: str, floor: float, modality: str, step: int) -> int:
-    """The first step of the unbroken row of logged steps of a modality, up to `step`, whose `key` lies under `floor`."""
+    """The first step of the unbroken row of a modality's logged steps, up to `step`, whose `key` lies under `floor`."""
     since = step
     for text in reversed(metrics.read_text().splitlines()):
         line = json.loads(text)

@@ -78,15 +78,15 @@ def test_flops_of_speech(frames: int, scope: str) -> None:
 @pytest.mark.parametrize("recipe", sorted(recipes()))
 def test_recipe_builds_without_memory(recipe: str) -> None:
     config = load_config(recipe, text__vocabulary=50_265)  # recipes leave it to the tokenizer
-    for config in (of_modality(config, modality) for modality in modalities(config)):
+    for alone in [of_modality(config, modality) for modality in modalities(config)]:
         with torch.device("meta"):
-            student, teacher = build_student(config), build_teacher(config)
+            student, teacher = build_student(alone), build_teacher(alone)
         shapes = {name: parameter.shape for name, parameter in student.named_parameters()}
         for name, parameter in teacher.named_parameters():
             assert parameter.shape == shapes[name], name
         assert all(parameter.is_meta for parameter in student.parameters())
-        count = positions(config)
-        assert flops_per_sample(config, count) == pytest.approx(by_hand(config, count), rel=0.01)
+        count = positions(alone)
+        assert flops_per_sample(alone, count) == pytest.approx(by_hand(alone, count), rel=0.01)
 
 
 def test_throughput_is_a_mean_since_it_was_read() -> None:
