@@ -115,11 +115,7 @@ class Guard:
             for name, module in _units(engine.student)
             if name.startswith("encoder.blocks.")
         ]
-        self._orders: dict[tuple[int, ...], list[str]] = {}
-        self._pre_norm = {
-            "": engine.student.encoder.pre_norm,
-            "teacher.": engine.teacher_module.encoder.pre_norm,
-        }
+        self._orders: dict[tuple[str, tuple[int, ...]], list[str]] = {}
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -183,23 +179,23 @@ class Guard:
             self._refuse(f"has run {self._done} of the {len(self._plans)} forwards that all ranks agreed on")
 
     def _order(self, plan: Plan) -> list[str]:
-        """Names of the modules in the order in which `Student.forward` runs them."""
-        if plan.blocks not in self._orders:
+        """Names of the modules in the order in which the student's forward runs them."""
+        key = plan.modality, plan.blocks
+        if key not in self._orders:
+            encoder = self._engine.student.encoder
+            joint = hasattr(encoder, "parts")
+            of_part = f"parts.{plan.modality}." if joint else ""
+            pre_norm = (encoder.parts[plan.modality] if joint else encoder).pre_norm
             teacher = range(sum(name.startswith("teacher.encoder.blocks.") for name in self._names))
             wanted = [
-                "front_end",
-                "teacher.front_end",
-                *self._encoder("teacher.", teacher),
-                *self._encoder("", plan.blocks),
-                "head",
+                f"{of_part}front_end",
+                f"teacher.{of_part}front_end",
+                *_encoder("teacher.", of_part, teacher, pre_norm=pre_norm),
+                *_encoder("", of_part, plan.blocks, pre_norm=pre_norm),
+                f"{of_part}head",
             ]
-            self._orders[plan.blocks] = [name for name in wanted if name in self._names]
-        return self._orders[plan.blocks]
-
-    def _encoder(self, prefix: str, blocks: Sequence[int]) -> list[str]:
-        norm, run = f"{prefix}encoder.norm", [f"{prefix}encoder.blocks.{block}" for block in blocks]
-        body = [*run, norm] if self._pre_norm[prefix] else [norm, *run]
-        return [f"{prefix}encoder.relative_bias", f"{prefix}encoder.positions", *body]
+            self._orders[key] = [name for name in wanted if name in self._names]
+        return self._orders[key]
 
     def _about_to_run(self, name: str, module: nn.Module, arguments: object) -> None:
         watch = self.watch
@@ -229,9 +225,29 @@ class Guard:
         self.watch.at("backward", name)
 
 
+def _encoder(prefix: str, of_part: str, blocks: Sequence[int], *, pre_norm: bool) -> list[str]:
+    """Names of an encoder's modules in their order, `of_part` those that belong to one modality."""
+    own = f"{prefix}encoder.{of_part}"
+    run = [f"{prefix}encoder.blocks.{block}" for block in blocks]
+    body = [*run, f"{own}norm"] if pre_norm else [f"{own}norm", *run]
+    return [f"{own}relative_bias", f"{own}positions", *body]
+
+
 def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose order is enforced: together they hold every parameter."""
-    for name in ("front_end", "encoder.relative_bias", "encoder.positions", "encoder.norm", "head"):
+    parts = [f"parts.{name}." for name in getattr(model, "parts", ())] or [""]
+    names = [
+        f"{room}{part}{name}"
+        for part in parts
+        for room, name in (
+            ("", "front_end"),
+            ("encoder.", "relative_bias"),
+            ("encoder.", "positions"),
+            ("encoder.", "norm"),
+            ("", "head"),
+        )
+    ]
+    for name in names:
         module = model
         for part in name.split("."):
             module = getattr(module, part, None)
@@ -251,8 +267,9 @@ def differences(proposals: Sequence[Proposal], depth: int, tensor_size: int) -> 
             if one != usual:
                 odd.setdefault(one, []).append(rank)
         others = [rank for rank, one in enumerate(whole) if one == usual]
+        usually = ranks_in_words(others)
         said = "; ".join(
-            f"{ranks_in_words(ranks)} {_difference(one, usual, depth, ranks_in_words(others))}"
+            f"{ranks_in_words(ranks)} {_difference(one, usual, depth, usually, proposals[ranks[0]].seen)}"
             for one, ranks in odd.items()
         )
         return f"ranks disagree before step {usual[0]}: {said}. Nothing of the step was computed"
@@ -274,7 +291,8 @@ def _most_common(values: Sequence[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def _difference(one: Any, usual: Any, depth: int, others: str) -> str:
+def _difference(one: Any, usual: Any, depth: int, others: str, seen: Sequence[Seen]) -> str:
+    """What `one` has otherwise than `usual`, which `others` would do; `seen` is the data of the first who has it."""
     (step, updates, plans), (usual_step, usual_updates, usual_plans) = one, usual
     if step != usual_step:
         return f"would take step {step}, {others} step {usual_step}"
@@ -286,7 +304,8 @@ def _difference(one: Any, usual: Any, depth: int, others: str) -> str:
         for field in ("kind", "modality", "shape"):
             mine, theirs = getattr(plan, field), getattr(usual_plan, field)
             if mine != theirs:
-                return f"would run {field} {mine} in its micro-batch {place}, {others} {theirs}"
+                said = f"would run {field} {mine} in its micro-batch {place}, {others} {theirs}"
+                return said if field != "modality" else f"{said} ({_modules(mine)} on {_data(seen[place])})"
         skips = [block for block in range(depth) if block in usual_plan.blocks and block not in plan.blocks]
         adds = [block for block in range(depth) if block in plan.blocks and block not in usual_plan.blocks]
         words = [
@@ -297,6 +316,11 @@ def _difference(one: Any, usual: Any, depth: int, others: str) -> str:
         if words:
             return f"would {' and '.join(words)} in its micro-batch {place}, unlike {others}"
     return f"differs from {others}"
+
+
+def _modules(modality: str) -> str:
+    """What only this modality runs in a joint model."""
+    return f"front_end and head of parts.{modality}, encoder.parts.{modality}"
 
 
 def _data(seen: Seen) -> str:

@@ -176,7 +176,10 @@ class TrainingEngine:
         self.accumulation: int = ds["gradient_accumulation_steps"]
         self.data_parallel: int = self.deepspeed.dp_world_size
         self._gate = StepGate(self.deepspeed, device)
-        self._traces = TraceCache(self.deepspeed) if zero3 else None
+        self._joint = hasattr(student, "parts")
+        self._traces = [TraceCache(self.deepspeed)] if zero3 else []
+        if zero3 and self._joint and not resident_teacher:  # of one modality all its passes are alike
+            self._traces.append(TraceCache(self.teacher))
         self._plan: Hashable = None
         self._managed: bool = ds.get("managed_gradient_accumulation", True)
 
@@ -204,11 +207,14 @@ class TrainingEngine:
         run: Collection[int] | None = None,
         modality: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One micro-batch through student and teacher; see `Student.forward`. Collective under ZeRO-3."""
+        """One micro-batch through student and teacher; see `Student.forward`. `modality` decides something in joint
+        models alone. Collective under ZeRO-3."""
         plan, self._plan = self._plan, None
-        if self._traces is not None:
-            own = (self.deepspeed.training, None if run is None else tuple(run))
-            self._traces.expect(own if plan is None else plan)
+        own = (self.deepspeed.training, None if run is None else tuple(run), modality)
+        for traces in self._traces:
+            traces.expect(own if plan is None else plan)
+        if self._joint:
+            return self.deepspeed(inputs, mask_bmt, self.teacher, padding_bt, run, modality)
         return self.deepspeed(inputs, mask_bmt, self.teacher, padding_bt, run)
 
     def expect(self, plan: Hashable) -> None:

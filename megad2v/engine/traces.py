@@ -1,9 +1,9 @@
-"""ZeRO-3's traces, one for each set of blocks that layer drop leaves in.
+"""ZeRO-3's traces, one for each set of blocks that layer drop leaves in, and for each modality.
 
 DeepSpeed records in which order a pass uses its modules, and then gathers ahead and keeps weights between forward and
 backward. It keeps one trace: a pass that leaves a block out breaks it, and the pass after that has to record anew,
-gathering everything one by one and twice. With layer drop most passes do one or the other. Here every kind of pass has
-a trace of its own, recorded once.
+gathering everything one by one and twice. With layer drop, and with modalities that take turns, most passes do one or
+the other. Here every kind of pass has a trace of its own, recorded once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class TraceCache:
     """
 
     def __init__(self, engine: Any) -> None:
-        """`engine` is a DeepSpeed engine at stage 3."""
-        self._coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        """`engine` is a DeepSpeed engine at stage 3, with an optimizer or (the teacher's) without one."""
+        offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+        self._coordinator = offload.get_param_coordinator()
         self._traces: OrderedDict[Hashable, tuple[Any, Any]] = OrderedDict()
         self._current: Hashable = None
         self._next: Hashable = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from megad2v.config.parts import JOINT, modalities, of_modality
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
 from megad2v.modalities.speech import hf_keys as speech_keys
@@ -18,8 +19,18 @@ from megad2v.modalities.text import hf_keys as text_keys
 from megad2v.modalities.text.front_end import TextFrontEnd
 from megad2v.modalities.vision import hf_keys as vision_keys
 from megad2v.modalities.vision.front_end import VisionFrontEnd
-from megad2v.models.data2vec import FrontEnd, ObjectiveSpec, Student, Teacher
-from megad2v.models.encoder import Encoder
+from megad2v.models.block import NormSpec
+from megad2v.models.data2vec import (
+    FrontEnd,
+    JointStudent,
+    JointTeacher,
+    ObjectiveSpec,
+    Student,
+    StudentPart,
+    Teacher,
+    TeacherPart,
+)
+from megad2v.models.encoder import Encoder, JointEncoder, PartSpec, StackSpec
 from megad2v.models.heads import HeadPerLayer, regression_head
 from megad2v.models.initialise import INIT_SCHEMES
 from megad2v.models.layers import Layers
@@ -75,27 +86,45 @@ def _grid(config: Config) -> int | None:
     return config.vision.image_size // config.vision.patch_size if config.modality == "vision" else None
 
 
-def build_encoder(config: Config, layers: Layers | None = None) -> Encoder:
-    """The encoder that `model.*` describes."""
+def _stack(config: Config) -> StackSpec:
+    """The blocks that `model.*` describes."""
     model = config.model
-    return Encoder(
+    return StackSpec(
         width=model.width,
         depth=model.depth,
         heads=model.heads,
         mlp_ratio=model.mlp_ratio,
-        norm=model.norm,
-        eps=model.norm_eps,
+        pre_norm=model.norm == "pre",
         qkv_bias=model.qkv_bias,
-        layer_scale=model.layer_scale,
         dropout=model.dropout,
         attention_dropout=model.attention_dropout,
         drop_path=model.drop_path,
         weight=INIT_SCHEMES[model.init].encoder,
         deep_norm=model.deep_norm,
-        grid=_grid(config) if model.relative_bias else None,
-        positions=ConvPositions(config.speech, model.width) if config.modality == "speech" else None,
-        layers=layers,
     )
+
+
+def _norms(config: Config) -> NormSpec:
+    return NormSpec(config.model.norm, config.model.norm_eps, config.model.layer_scale)
+
+
+def _encoder_part(config: Config) -> PartSpec:
+    return PartSpec(
+        _norms(config),
+        grid=_grid(config) if config.model.relative_bias else None,
+        positions=ConvPositions(config.speech, config.model.width) if config.modality == "speech" else None,
+    )
+
+
+def build_encoder(config: Config, layers: Layers | None = None) -> Encoder:
+    """The encoder that `model.*` describes."""
+    return Encoder(_stack(config), _encoder_part(config), layers)
+
+
+def _joint_encoder(config: Config, layers: Layers | None) -> JointEncoder:
+    parts = {name: _encoder_part(of_modality(config, name)) for name in modalities(config)}
+    shared = _norms(config) if config.joint.norms == "shared" else None
+    return JointEncoder(_stack(config), parts, shared, layers)
 
 
 def objective(config: Config) -> ObjectiveSpec:
@@ -125,18 +154,60 @@ def _head(config: Config) -> nn.Module:
     return HeadPerLayer(model.width, model.head_layers, config.targets.layers, scheme)
 
 
-def build_student(config: Config, layers: Layers | None = None) -> Student:
-    """Front end, encoder and head, uninitialised (see models.initialise)."""
-    return Student(
-        FRONT_ENDS[config.modality](config, layers),
-        build_encoder(config, layers),
-        _head(config),
-        objective(config),
-    )
+def build_student(config: Config, layers: Layers | None = None) -> Student | JointStudent:
+    """Front end, encoder and head, uninitialised (see models.initialise); of a joint run, for each modality."""
+    if config.modality != JOINT:
+        return Student(
+            FRONT_ENDS[config.modality](config, layers),
+            build_encoder(config, layers),
+            _head(config),
+            objective(config),
+        )
+    parts = {}
+    for name in modalities(config):
+        alone = of_modality(config, name)
+        parts[name] = StudentPart(FRONT_ENDS[name](alone, layers), _head(alone), objective(alone))
+    return JointStudent(_joint_encoder(config, layers), parts)
 
 
-def build_teacher(config: Config, layers: Layers | None = None) -> Teacher:
+def build_teacher(config: Config, layers: Layers | None = None) -> Teacher | JointTeacher:
     """The averaged copy of what `teacher.scope` names. Its parameters are called as in the student."""
+    if config.modality != JOINT:
+        own, prefix = _teacher_front_end(config, layers)
+        return Teacher(build_encoder(config, layers), own, objective(config), prefix, _grid(config))
+    parts = {}
+    for name in modalities(config):
+        alone = of_modality(config, name)
+        own, prefix = _teacher_front_end(alone, layers)
+        parts[name] = TeacherPart(own, objective(alone), prefix, _grid(alone))
+    return JointTeacher(_joint_encoder(config, layers), parts)
+
+
+def _teacher_front_end(config: Config, layers: Layers | None) -> tuple[FrontEnd | None, int]:
+    """The teacher's own front end, None where it is the student's, and its prefix tokens."""
     front_end = FRONT_ENDS[config.modality](config, layers)
-    own = front_end if config.teacher.scope == "model" else None
-    return Teacher(build_encoder(config, layers), own, objective(config), front_end.prefix_tokens, _grid(config))
+    return (front_end if config.teacher.scope == "model" else None), front_end.prefix_tokens
+
+
+def copied_prefixes(config: Config) -> list[str]:
+    """Beginnings of the teacher's parameters that follow the student's as they are (`teacher.copied`)."""
+    if config.modality != JOINT:
+        return [f"encoder.{part}." for part in config.teacher.copied]
+    alone = {name: of_modality(config, name).teacher.copied for name in modalities(config)}
+    return [f"encoder.parts.{name}.{part}." for name, copied in alone.items() for part in copied]
+
+
+def joint_name(modality: str, name: str, known: Container[str]) -> str:
+    """What the parameter `name` of a modality's own model is called in a joint one, whose names are `known`. Raises
+    KeyError where that has none."""
+    head, _, tail = name.partition(".")
+    candidates = [name, f"parts.{modality}.{name}"]
+    if head == "encoder":
+        candidates.append(f"encoder.parts.{modality}.{tail}")
+        _, _, inner = tail.partition(".")  # of "blocks.3.mlp_norm.weight"
+        number, _, inner = inner.partition(".")
+        candidates.append(f"encoder.blocks.{number}.parts.{modality}.{inner}")
+    for candidate in candidates:
+        if candidate in known:
+            return candidate
+    raise KeyError(name)

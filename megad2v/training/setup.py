@@ -50,7 +50,7 @@ from megad2v.metrics.flops import flops_per_sample, peak_flops
 from megad2v.metrics.logger import MetricsLogger, drop_later_lines
 from megad2v.metrics.report import joint_report, memory_estimate, start_up_report
 from megad2v.metrics.throughput import SampleFlops, Throughput
-from megad2v.modalities.build import HUGGING_FACE, build_student, build_teacher, positions
+from megad2v.modalities.build import HUGGING_FACE, build_student, build_teacher, copied_prefixes, positions
 from megad2v.modalities.text.export import check_exportable
 from megad2v.modalities.text.tokenizer import ABOUT_FILE
 from megad2v.parallel.layers import layers_for
@@ -116,7 +116,7 @@ def set_up(
         world=world,
         directory=directory,
         engine=engine,
-        teacher=ShardedTeacher(engine, copied=[f"encoder.{part}." for part in config.teacher.copied]),
+        teacher=ShardedTeacher(engine, copied=copied_prefixes(config)),
         loader=loader,
         valid=valid,
         throughput=Throughput(

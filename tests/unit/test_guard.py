@@ -152,7 +152,8 @@ def test_who_is_odd() -> None:
     late = replace(usual, step=3)
     said = differences([usual, other, usual, drops, late, usual], 3, 1)
     assert said == (
-        "ranks disagree before step 4: rank 1 would run modality speech in its micro-batch 1, ranks 0, 2, 5 vision; "
+        "ranks disagree before step 4: rank 1 would run modality speech in its micro-batch 1, ranks 0, 2, 5 vision "
+        "(front_end and head of parts.speech, encoder.parts.speech on samples b (d)); "
         "rank 3 would skip encoder.blocks.0, encoder.blocks.1 in its micro-batch 0, unlike ranks 0, 2, 5; "
         "rank 4 would take step 3, ranks 0, 2, 5 step 4. Nothing of the step was computed"
     )

@@ -10,21 +10,35 @@ import torch
 from torch import Tensor, nn
 
 from megad2v.models.attention import RelativePositionBias, outside_context, relative_index
-from megad2v.models.block import Block, drop_path
-from megad2v.models.encoder import Encoder
+from megad2v.models.block import Block, NormSpec, drop_path
+from megad2v.models.encoder import Encoder, PartSpec, StackSpec
 from megad2v.models.initialise import zeros
 from megad2v.models.layers import ColumnLinear, QKVLinear, RowLinear, VanillaLayers
 from tests.checkpoints import perturb_
 from tests.unit.model_helpers import close
 
 WIDTH, HEADS, TOKENS = 12, 3, 5
-SHAPE = {"width": WIDTH, "heads": HEADS, "eps": 1e-3}  # a large epsilon, so that leaving it out would show
+SHAPE = {"width": WIDTH, "heads": HEADS}
+EPS = 1e-3  # large, so that leaving it out would show
 
 
-def block(norm: str = "pre", **changes: Any) -> Block:
-    arguments: dict[str, Any] = {"hidden": 20, "norm": norm, "qkv_bias": "full", "layer_scale": None, "drop_path": 0.0}
-    arguments |= {"dropout": 0.0, "attention_dropout": 0.0, "weight": zeros, "output_weight": zeros, **changes}
-    return perturb_(Block(VanillaLayers(), **SHAPE, **arguments), 3).double()
+def block(norm: str = "pre", *, layer_scale: float | None = None, **changes: Any) -> Block:
+    arguments: dict[str, Any] = {"hidden": 20, "norms": NormSpec(norm, EPS, layer_scale), "qkv_bias": "full"}
+    arguments |= {"dropout": 0.0, "attention_dropout": 0.0, "weight": zeros, "output_weight": zeros, "drop_path": 0.0}
+    return perturb_(Block(VanillaLayers(), **SHAPE, **{**arguments, **changes}), 3).double()
+
+
+def encoder_of(
+    depth: int,
+    norm: str,
+    *,
+    layer_scale: float | None = None,
+    grid: int | None = None,
+    positions: nn.Module | None = None,
+    **stack: Any,
+) -> Encoder:
+    part = PartSpec(NormSpec(norm, EPS, layer_scale), grid, positions)
+    return Encoder(StackSpec(**SHAPE, depth=depth, mlp_ratio=2, pre_norm=norm == "pre", **stack), part)
 
 
 def tokens(batch: int = 2, count: int = TOKENS, seed: int = 1) -> Tensor:
@@ -36,7 +50,7 @@ def tokens(batch: int = 2, count: int = TOKENS, seed: int = 1) -> Tensor:
 
 def norm_formula(x: Tensor, layer: Any) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / ((centred**2).mean(-1, keepdim=True) + SHAPE["eps"]).sqrt() * layer.weight + layer.bias
+    return centred / ((centred**2).mean(-1, keepdim=True) + EPS).sqrt() * layer.weight + layer.bias
 
 
 def attention_formula(x: Tensor, attention: Any, bias: Tensor | None) -> Tensor:
@@ -92,7 +106,7 @@ def test_block(norm: str, qkv_bias: str, layer_scale: float | None, biased: bool
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_encoder_chains_its_blocks(norm: str) -> None:
     """The relative bias in every block; the affine norm last (pre-norm) or first (post-norm); layers kept bottom up."""
-    encoder = perturb_(Encoder(**SHAPE, depth=3, mlp_ratio=2, norm=norm, layer_scale=0.5, grid=2), 3).double()
+    encoder = perturb_(encoder_of(3, norm, layer_scale=0.5, grid=2), 3).double()
     bias = encoder.relative_bias.table[:, relative_index_by_counting(2)][None]
     x = tokens() if norm == "pre" else norm_formula(tokens(), encoder.norm)
     kept: dict[str, list[Tensor]] = {"attention": [], "ffn": [], "ffn_residual": [], "block": []}
@@ -112,7 +126,7 @@ def test_encoder_chains_its_blocks(norm: str) -> None:
 
 def test_deep_norm_scales_the_residual_stream() -> None:
     """x = LN((2 N)^(1/4) x + branch) in every block of N (arXiv:2203.00555)."""
-    encoder = perturb_(Encoder(**SHAPE, depth=3, mlp_ratio=2, norm="post", deep_norm=True), 3).double()
+    encoder = perturb_(encoder_of(3, "post", deep_norm=True), 3).double()
     x = norm_formula(tokens(), encoder.norm)
     for one in encoder.blocks:
         x = block_formula(x, one, None, pre=False, residual=6**0.25)["block"]
@@ -126,8 +140,8 @@ def test_positions_are_added_first_to_frames_without_what_is_padding() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return positions(x.transpose(1, 2)).transpose(1, 2)
 
-    encoder = perturb_(Encoder(**SHAPE, depth=2, mlp_ratio=2, norm="post", positions=Positions()), 3).double()
-    without = perturb_(Encoder(**SHAPE, depth=2, mlp_ratio=2, norm="post"), 3).double()
+    encoder = perturb_(encoder_of(2, "post", positions=Positions()), 3).double()
+    without = perturb_(encoder_of(2, "post"), 3).double()
     x = tokens()
     assert close(encoder(x)[0], without(x + Positions()(x))[0])
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
@@ -145,7 +159,7 @@ def test_context_of_the_teacher(grid: int | None) -> None:
         assert set((~row[prefix:]).nonzero().flatten().tolist()) == seen
         assert row[:prefix].all()
     assert not hidden[0].any()
-    encoder = perturb_(Encoder(**SHAPE, depth=1, mlp_ratio=2, norm="pre"), 3).double()
+    encoder = perturb_(encoder_of(1, "pre"), 3).double()
     x, other = tokens(1, 10), tokens(1, 10, seed=2)
     mixed = x.clone()
     mixed[:, prefix + 8] = other[:, prefix + 8]
@@ -169,7 +183,7 @@ def test_every_position_has_as_much_context(positions: int, grid: int | None, fr
 def test_dropout_behind_the_norm_of_post_norm_encoders() -> None:
     """What enters the first block is dropped too (spec 1.4, 2.3); pre-norm models have no such place."""
     for norm, dropped in (("post", True), ("pre", False)):
-        encoder = Encoder(**SHAPE, depth=0, mlp_ratio=2, norm=norm, dropout=0.5).double().train()
+        encoder = encoder_of(0, norm, dropout=0.5).double().train()
         torch.nn.init.ones_(encoder.norm.weight)
         torch.nn.init.zeros_(encoder.norm.bias)
         assert bool((encoder(tokens(4))[0] == 0).any()) == dropped
@@ -189,9 +203,9 @@ def test_drop_path_drops_samples_and_keeps_the_mean() -> None:
 
 
 def test_drop_path_grows_with_depth() -> None:
-    encoder = Encoder(**SHAPE, depth=5, mlp_ratio=2, norm="pre", drop_path=0.4)
+    encoder = encoder_of(5, "pre", drop_path=0.4)
     assert [one.drop_path for one in encoder.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    assert Encoder(**SHAPE, depth=1, mlp_ratio=2, norm="pre", drop_path=0.4).blocks[0].drop_path == 0.0
+    assert encoder_of(1, "pre", drop_path=0.4).blocks[0].drop_path == 0.0
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
@@ -216,7 +230,7 @@ def test_where_the_ffn_target_is_taken(norm: str, dropped: bool) -> None:
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_padded_keys_do_not_matter(norm: str) -> None:
-    encoder = perturb_(Encoder(**SHAPE, depth=2, mlp_ratio=2, norm=norm), 3).double()
+    encoder = perturb_(encoder_of(2, norm), 3).double()
     x, other = tokens(), tokens(seed=2)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     mixed = torch.where(padding[..., None], other, x)
