@@ -43,10 +43,23 @@ class Progress:
     dropped: int = 0
     skipped: int = 0
     """Steps that were refused: not finite, or a spike."""
-    taken_losses: list[float] = field(default_factory=list)
-    """Loss of the last verdict.window steps taken: what a spike is measured against."""
-    taken_norms: list[float] = field(default_factory=list)
+    taken_losses: dict[str, list[float]] = field(default_factory=dict)
+    """By modality, loss of its last verdict.window steps taken: what a spike is measured against."""
+    taken_norms: dict[str, list[float]] = field(default_factory=dict)
     """Their gradient norms."""
+    modality_updates: dict[str, int] = field(default_factory=dict)
+    """Updates really taken with each modality."""
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any], modality: str) -> Progress:
+        """From a checkpoint of a run of `modality` (joint: of several). Before there were joint runs, what is kept by
+        modality now was a list of the run's one modality, and its updates were the run's."""
+        values = dict(saved)
+        for key in ("taken_losses", "taken_norms"):
+            if isinstance(values.get(key), list):
+                values[key] = {modality: values[key]}
+        values.setdefault("modality_updates", {modality: values["updates"]})
+        return cls(**values)
 
 
 def state_memory(engine: TrainingEngine, teacher: ShardedTeacher) -> Iterator[tuple[str, Fragment, Tensor]]:
@@ -96,7 +109,7 @@ def save(
         },
         config=asdict(config),
         layout={"ranks": world.size, "zero_stage": engine.state.stage, "tensor_parallel": config.parallel.tensor},
-        code=versions(config.modality),
+        code=versions(modalities(config)),
         extras=extras,
     )
 
@@ -136,7 +149,7 @@ def load(checkpoint: Checkpoint, engine: TrainingEngine, teacher: ShardedTeacher
     together(read, errors=READ_ERRORS, raises=UserError)
     engine.state.publish()
     teacher.refresh()
-    return Progress(**checkpoint.index.state["progress"])
+    return Progress.restored(checkpoint.index.state["progress"], checkpoint.index.config["modality"])
 
 
 @torch.no_grad()
