@@ -77,7 +77,6 @@ class TrainingLoader:
         self._shards = self._batches.shards
         self.fingerprint = self._shards.fingerprint
         """Hash of what the order depends on; a resumed run with another one sees another order."""
-        self._modality = config.modality
         self._start_step = start_step
         self._workers = data.workers
         self._stream: Stream | None = None
@@ -92,10 +91,6 @@ class TrainingLoader:
                 yield [next(stream) for _ in self._share]
         finally:
             stream.close()
-
-    def turn(self, step: int) -> tuple[str, int]:
-        """(modality of step 0, 1, ..., how many steps of it came before)."""
-        return self._modality, step
 
     def epochs(self, steps: int) -> dict[str, float]:
         """Epochs of each modality of a joint run, or of each data set of data.mix, in the first so many steps; where
