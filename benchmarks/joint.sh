@@ -5,8 +5,8 @@
 #
 #   benchmarks/joint.sh DATA WORK RESULT.json [STEPS]
 #
-# DATA   a folder with image/clothing/{train,test}, speech/{fsdd,librispeech_140spk} and text/books; ../shared/data was used for
-#        benchmarks/results/joint.json
+# DATA   a folder with image/clothing/{train,test}, speech/{fsdd,librispeech_140spk}, text/books and text/banking77; ../shared/data was
+#        used for benchmarks/results/joint.json
 # STEPS  of the joint run, 3,000 if not given; each of the others has a third
 # The three run on one process each: a run is a pure function of its seed, not of its layout.
 set -euo pipefail
@@ -32,6 +32,16 @@ if [ ! -f "$work/speech/valid/dataset.json" ]; then # takes 0 to 4 of the digits
     python tools/make_shards.py speech --input "$work/raw-speech/$part" --output "$work/speech/$part" --labels none --overwrite
   done
 fi
+if [ ! -f "$work/digits/test/dataset.json" ]; then
+  rm -rf "$work/raw-digits"
+  for file in "$data"/speech/fsdd/*/*.wav; do
+    digit=$(basename "$(dirname "$file")") take=${file##*_}
+    part=$([ "${take%.wav}" -lt 5 ] && echo test || echo train)
+    mkdir -p "$work/raw-digits/$part/$digit" && ln -s "$file" "$work/raw-digits/$part/$digit/"
+  done
+  python tools/make_shards.py speech --input "$work/raw-digits/train" --output "$work/digits/train" --overwrite
+  python tools/make_shards.py speech --input "$work/raw-digits/test" --output "$work/digits/test" --classes "$work/digits/train" --overwrite
+fi
 if [ ! -f "$work/text/valid/dataset.json" ]; then # the last tenth of each novel is held out
   rm -rf "$work/raw-text"
   mkdir -p "$work"/raw-text/{train,valid}
@@ -46,6 +56,18 @@ if [ ! -f "$work/text/valid/dataset.json" ]; then # the last tenth of each novel
       --output "$work/text/$part" --overwrite
   done
 fi
+
+if [ ! -f "$work/banking77/test/dataset.json" ]; then
+  python tools/make_shards.py text --input "$data/text/banking77/train.tsv" --tokenizer "$work/tokenizer" --output "$work/banking77/train" --overwrite
+  python tools/make_shards.py text --input "$data/text/banking77/test.tsv" --tokenizer "$work/tokenizer" --output "$work/banking77/test" \
+    --classes "$work/banking77/train" --overwrite
+fi
+declare -A labelled=([vision]=image [speech]=digits [text]=banking77)
+
+probe() { # name of the run, modality
+  python tools/probe.py --checkpoint "$work/$1" --modality "$2" --train "$work/${labelled[$2]}/train" --test "$work/${labelled[$2]}/test" \
+    --output "$work/$1-$2.json"
+}
 
 pretrain() { # name, DeepSpeed JSON, steps, launcher, flags
   local name=$1 layout=$2 steps=$3 start=$4
@@ -64,5 +86,7 @@ for modality in vision speech text; do
     [ "$other" = "$modality" ] || others+=("--joint.$other.weight" 0)
   done
   pretrain "$modality" zero1 $((steps / 3)) python "${others[@]}"
+  probe joint "$modality"
+  probe "$modality" "$modality"
 done
 python benchmarks/gather.py "$work" "$result" benchmarks/joint.sh joint vision speech text
