@@ -53,6 +53,14 @@ class Turns:
             counts[modality] += 1
         return counts
 
+    def until_all(self) -> int:
+        """The least number of first steps in which every modality has one."""
+        waiting, steps = set(self._names), 0
+        while waiting:
+            waiting.discard(self.at(steps)[0])
+            steps += 1
+        return steps
+
     def _window(self, window: int) -> list[tuple[str, int]]:
         """The steps of a window; the latest one is kept, since steps follow each other."""
         if self._latest is None or self._latest[0] != window:

@@ -87,6 +87,7 @@ class TeacherPart(_Averaged):
         super().__init__()
         self.front_end, self.spec, self.prefix_tokens, self.grid = front_end, spec, prefix_tokens, grid
 
+    @torch.no_grad()
     def targets(self, encode: Encode, inputs: Tensor, clean_btd: Tensor, padding_bt: Tensor | None = None) -> Tensor:
         """See `Teacher.forward`; `encode` is the teacher's encoder."""
         spec, prefix = self.spec, self.prefix_tokens
@@ -122,7 +123,6 @@ class Teacher(TeacherPart):
         self.encoder = encoder
         self.freeze()
 
-    @torch.no_grad()
     def forward(self, inputs: Tensor, clean_btd: Tensor, padding_bt: Tensor | None = None) -> Tensor:
         """Targets (B, T, D), or (B, T, K, D) where each layer is a target, float32, without the prefix tokens.
 
@@ -139,7 +139,6 @@ class JointTeacher(_Averaged):
         self.encoder, self.parts = encoder, nn.ModuleDict(parts)
         self.freeze()
 
-    @torch.no_grad()
     def forward(self, inputs: Tensor, clean_btd: Tensor, padding_bt: Tensor | None, part: str) -> Tensor:
         """As `Teacher.forward`, of modality `part`."""
         return self.parts[part].targets(partial(self.encoder, part=part), inputs, clean_btd, padding_bt)

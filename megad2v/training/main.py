@@ -24,6 +24,7 @@ from megad2v.config.parts import JOINT, modalities
 from megad2v.config.schema import Config, TrainConfig
 from megad2v.config.validate import validate
 from megad2v.data.format import TOKENIZER_FOLDER
+from megad2v.data.turns import training_turns
 from megad2v.data.vocabulary import with_vocabulary
 from megad2v.data.workers import WorkerDied
 from megad2v.engine import distributed
@@ -207,7 +208,8 @@ def check(
     requests: StopRequests | None = None,
     extras: Mapping[str, bytes] | None = None,
 ) -> None:
-    """--check: one step, one validation, one save, one load that must give the same bits; peak memory.
+    """--check: one step (of a joint run as many as it takes to have one of each modality), one validation, one save,
+    one load that must give the same bits; peak memory.
 
     Everything is written beside the run directory and removed. A rank that fails alone leaves at once, as in a run.
     """
@@ -222,21 +224,23 @@ def check(
 
     together(make, errors=(OSError,), raises=UserError)
     scratch = broadcast_text(made[0])
-    one: TrainConfig = replace(
-        config.train, steps=1, save_every=0, eval_every=0, log_every=1, output_dir=scratch, tensorboard=False,
+    steps = training_turns(config).until_all()
+    few: TrainConfig = replace(
+        config.train, steps=steps, save_every=0, eval_every=0, log_every=1, output_dir=scratch, tensorboard=False,
         resume="auto", max_minutes=None, wandb=replace(config.train.wandb, project=None),
     )  # fmt: skip
     # The real decay; no warm-up, whose first learning rate would move no weight.
     decay_steps = config.train.steps if config.teacher.decay_steps is None else config.teacher.decay_steps
     teacher = replace(config.teacher, decay_steps=decay_steps)
     schedule = replace(config.schedule, kind="constant", warmup_steps=0)
-    config = replace(config, train=one, teacher=teacher, schedule=schedule)
+    config = replace(config, train=few, teacher=teacher, schedule=schedule)
     try:
         run = pretrain(config, ds, world, recipe=recipe, watch=watch, requests=requests, extras=extras)
         peak, what = peak_memory(world.device)  # before the copies that only this check makes
         together(lambda: _reload(run), errors=(UserError,), raises=UserError)
         if world.is_main:
-            print(f"check passed: one step, one save, one load equal to the bit; peak {what} {peak / 2**20:,.0f} MiB")
+            taken = "one step" if steps == 1 else f"{steps} steps, of {' and '.join(modalities(config))}"
+            print(f"check passed: {taken}, one save, one load equal to the bit; peak {what} {peak / 2**20:,.0f} MiB")
         distributed.barrier()
     finally:
         if world.is_main:
@@ -248,6 +252,6 @@ def _reload(run: Run) -> None:
     saved = [memory.to("cpu", copy=True) for memory in run.memory()]
     for memory in run.memory():
         memory.fill_(float("nan"))
-    load(Checkpoint(step_directory(run.directory, 1)), run.engine, run.teacher)
+    load(Checkpoint(step_directory(run.directory, run.progress.step)), run.engine, run.teacher)
     if not all(torch.equal(a, b.cpu()) for a, b in zip(saved, run.memory(), strict=True)):
         raise UserError("--check: what was loaded differs from what was saved; this is a bug, please report it")

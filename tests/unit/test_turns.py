@@ -92,3 +92,11 @@ def test_turns_of_a_configuration() -> None:
 def test_weights_that_are_none(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="weights above 0"):
         Turns(weights, seed=0)
+
+
+def test_all_have_had_a_turn() -> None:
+    turns = Turns({"vision": 1.0, "speech": 0.1, "text": 3.0}, seed=5)
+    steps = turns.until_all()
+    assert set(turns.counts(steps).values()) >= {1} and min(turns.counts(steps).values()) == 1
+    assert min(turns.counts(steps - 1).values()) == 0
+    assert Turns({"vision": 1.0}, seed=5).until_all() == 1
