@@ -1,4 +1,4 @@
-"""Gather what clothing.sh, digits.sh, books.sh or joint.sh left into one JSON: validation curves and probes of each run."""
+"""Gather what clothing.sh, digits.sh, books.sh or joint.sh left into one JSON: validation and probes of each run."""
 
 from __future__ import annotations
 
