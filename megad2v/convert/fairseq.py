@@ -118,7 +118,11 @@ def _parameters(checkpoint: Checkpoint, config: Config, weights: Weights) -> tup
     missing = next((name for name in names if name not in held), None)
     if missing is not None:
         raise UserError(f"{checkpoint.directory}: holds no teacher weights of {missing}; is it a training checkpoint?")
-    return student, {name: checkpoint.full("teacher", name) for name in names}
+    teacher = {name: checkpoint.full("teacher", name) for name in names}
+    for name, value in (*student.items(), *teacher.items()):
+        if not value.isfinite().all():
+            raise UserError(f"{checkpoint.directory}: {name} is not finite; its training has diverged")
+    return student, teacher
 
 
 def _certified(
