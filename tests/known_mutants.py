@@ -586,7 +586,7 @@ MUTANTS = (
         "megad2v/convert/tokens.py",
         "        if row != expected:",
         "        if len(row) < 2:",
-        "tests/cli/test_convert.py::test_a_wrong_tokenizer_fails_its_certificate",
+        "tests/cli/test_convert_certificate.py::test_a_wrong_tokenizer_fails_its_certificate",
     ),
     Mutant(
         "a run goes on with another tokenizer",
@@ -1073,8 +1073,8 @@ MUTANTS = (
     Mutant(
         "the exported teacher is the student",
         "megad2v/convert/fairseq.py",
-        "ema = {**model, **keys.to_fairseq(teacher, config)}",
-        "ema = model",
+        "if name not in average}, **average}",
+        "}}",
         f"{FOREIGN}::test_fairseq_there_and_back",
     ),
     Mutant(
@@ -1096,35 +1096,35 @@ MUTANTS = (
         "megad2v/modalities/vision/fairseq_config.py",
         'teacher.scope != "encoder", f"shares',
         'False, f"shares',
-        f"{FOREIGN}::test_what_the_other_program_cannot_compute",
+        "tests/cli/test_convert_refused.py::test_what_the_other_program_cannot_compute",
     ),
     Mutant(
         "pickles are read without restrictions",
         "megad2v/convert/torch_file.py",
         "weights_only=True)",
         "weights_only=False)",
-        f"{FOREIGN}::test_bad_files",
+        "tests/cli/test_convert_refused.py::test_bad_files",
     ),
     Mutant(
         "a missing tensor starts new instead of being an error",
         "megad2v/convert/foreign.py",
         "if name not in optional and not name.endswith(BUFFERS):",
         "if False:",
-        f"{FOREIGN}::test_bad_files",
+        "tests/cli/test_convert_refused.py::test_bad_files",
     ),
     Mutant(
         "the second program takes the key map's word",
         "megad2v/convert/certificate.py",
         "self.relative <= TOLERANCE and self.relative_float64 <= tolerance_float64",
         "True",
-        f"{FOREIGN}::test_a_wrong_map_that_undoes_itself_fails",
+        "tests/cli/test_convert_certificate.py::test_a_wrong_map_that_undoes_itself_fails",
     ),
     Mutant(
         "an import's teacher is not compared",
         "megad2v/convert/importing.py",
         "if found.teacher_forward is not None:",
         "if False:",
-        f"{FOREIGN}::test_any_wrong_tensor_in_an_import_fails",
+        "tests/cli/test_convert_certificate.py::test_any_wrong_tensor_in_an_import_fails",
     ),
     Mutant(
         "an import's teacher starts as the student",
@@ -1152,7 +1152,21 @@ MUTANTS = (
         "megad2v/convert/importing.py",
         "for name in differing(kept, theirs):",
         "for name in []:",
-        f"{FOREIGN}::test_any_wrong_tensor_in_an_import_fails",
+        "tests/cli/test_convert_certificate.py::test_any_wrong_tensor_in_an_import_fails",
+    ),
+    Mutant(
+        "a preprocessor's mean is not read",
+        "megad2v/convert/hf_incoming.py",
+        "vision=replace(config.vision, mean=_three(mean), std=_three(std))",
+        "vision=config.vision",
+        f"{FOREIGN}::test_hugging_face_there_and_back",
+    ),
+    Mutant(
+        "what lies in an export's file is not compared",
+        "megad2v/convert/hf.py",
+        "if not torch.equal(_bits(file.read(theirs, 0, expected.numel())), _bits(expected)):",
+        "if False:",
+        "tests/cli/test_convert_certificate.py::test_a_row_that_no_input_uses",
     ),
     # --- exports that stream, features
     Mutant(

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from megad2v.config.load import parse_command_line, recipes
+import yaml
+
+from megad2v.config.load import recipes
 from megad2v.config.schema import Config
+from megad2v.config.tree import config_from_dict
 from megad2v.data.format import read_dataset
 from megad2v.data.shardset import pattern_of, resolve
 from megad2v.errors import UserError
@@ -22,8 +25,8 @@ def recipe_of(config: Config, sections: Sequence[str]) -> str:
     """The shipped recipe of that modality from which fewest keys of `sections` and TRAIN_KEYS differ, and which."""
     ours = _leaves(config, sections)
     found: list[tuple[int, str, dict[str, Any]]] = []
-    for name in sorted(recipes()):
-        recipe = parse_command_line(["--deepspeed", "none", "--config", name, "--data.shards", "none"]).config
+    for name, path in sorted(recipes().items()):
+        recipe = config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         if recipe.modality == config.modality:
             theirs = _leaves(recipe, sections)
             changed = {key: value for key, value in ours.items() if theirs[key] != value}
