@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from megad2v.config.load import parse_command_line, recipes
+from megad2v.config.load import load_config, recipes
 from megad2v.config.schema import Config
 from megad2v.data.format import read_dataset
 from megad2v.data.shardset import pattern_of, resolve
@@ -23,7 +23,7 @@ def recipe_of(config: Config, sections: Sequence[str]) -> str:
     ours = _leaves(config, sections)
     found: list[tuple[int, str, dict[str, Any]]] = []
     for name in sorted(recipes()):
-        recipe = parse_command_line(["--deepspeed", "none", "--config", name, "--data.shards", "none"]).config
+        recipe = load_config(name)
         if recipe.modality == config.modality:
             theirs = _leaves(recipe, sections)
             changed = {key: value for key, value in ours.items() if theirs[key] != value}
@@ -39,10 +39,18 @@ def recipe_of(config: Config, sections: Sequence[str]) -> str:
 def _leaves(config: Config, sections: Sequence[str]) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     leaves = {f"train.{key}": tree["train"][key] for key in TRAIN_KEYS}
-    leaves |= {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
-    budget = tree["data"]["micro_batch"]
-    leaves |= {f"data.micro_batch.{key}": value for key, value in budget.items()}
+    for section in sections:
+        leaves |= _flat(tree[section], section)
+    leaves |= _flat(tree["data"]["micro_batch"], "data.micro_batch")
     return {key: value for key, value in leaves.items() if key not in OF_THE_MACHINE}
+
+
+def _flat(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values by their whole keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{where}.{key}") if isinstance(value, dict) else {f"{where}.{key}": value}
+    return found
 
 
 def data_counts(config: Config) -> str:
