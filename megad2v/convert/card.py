@@ -95,7 +95,9 @@ def model_card(
         relative=parity["relative"],
         relative_float64=parity["relative_float64"],
         tolerance=parity["tolerance"],
-        rows="\n".join(f"| {name} | {value} |" for name, value in _facts(checkpoint, run, config, keys, parity).items()),
+        rows="\n".join(
+            f"| {name} | {value} |" for name, value in _facts(checkpoint, run, config, keys, parity).items()
+        ),
         config=json.dumps(sections, indent=1),
     )
 
@@ -164,7 +166,9 @@ def last_metrics(path: Path, step: int, modality: str) -> tuple[dict[str, Any], 
     validation: dict[str, Any] = {}
     with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
         for text in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a killed run may leave half a line
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError, AttributeError
+            ):  # a killed run may leave half a line
                 line = json.loads(text)
                 if line.get("modality", modality) != modality:
                     continue

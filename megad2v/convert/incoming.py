@@ -21,7 +21,7 @@ from megad2v.config.load import load_config
 from megad2v.config.schema import Config
 from megad2v.convert import plain
 from megad2v.convert.certificate import Theirs
-from megad2v.convert.foreign import Mapped, fit, parameter_shapes
+from megad2v.convert.foreign import Mapped, fit, parameter_shapes, with_key_biases
 from megad2v.convert.torch_file import read_torch_file, tensors_of
 from megad2v.errors import UserError
 from megad2v.modalities.fairseq_cfg import with_training
@@ -121,7 +121,7 @@ def read_fairseq(path: Path, tokenizer: Path | None = None) -> Incoming:
     if modality == "text":
         config = text_fairseq.with_vocabulary(config, state)
     step = _updates(file)
-    config = replace(config, train=replace(config.train, steps=step))
+    config = with_key_biases(replace(config, train=replace(config.train, steps=step)), state)
     student, left = fit(
         state,
         config,
