@@ -80,6 +80,7 @@ def model_card(
     del tree["text"]["tokenizer"]  # a path, too: what the run used lies beside the card
     sections = {name: tree[name] for name in _sections(keys)}
     run = run_config(checkpoint)
+    facts = _facts(checkpoint, run, config, keys, parity)
     return _TEMPLATE.format(
         pipeline=keys.PIPELINE,
         tag=keys.model_config(config)["model_type"],
@@ -95,9 +96,7 @@ def model_card(
         relative=parity["relative"],
         relative_float64=parity["relative_float64"],
         tolerance=parity["tolerance"],
-        rows="\n".join(
-            f"| {name} | {value} |" for name, value in _facts(checkpoint, run, config, keys, parity).items()
-        ),
+        rows="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         config=json.dumps(sections, indent=1),
     )
 
@@ -166,9 +165,8 @@ def last_metrics(path: Path, step: int, modality: str) -> tuple[dict[str, Any], 
     validation: dict[str, Any] = {}
     with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
         for text in file:
-            with contextlib.suppress(
-                ValueError, KeyError, TypeError, AttributeError
-            ):  # a killed run may leave half a line
+            # A killed run may leave half a line.
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                 line = json.loads(text)
                 if line.get("modality", modality) != modality:
                     continue

@@ -66,8 +66,8 @@ class Data2VecEncoder(nn.Module):
         """Of a run's directory (its newest valid checkpoint) or of one checkpoints/step_XXXXXXXX.
 
         `weights`: "student", which the optimizer trained, or "teacher", its moving average (with the student's front
-        end where the run shares that). `modality`: which one of a joint run. `max_seconds`: of speech, how much of a recording is encoded; training's
-        longest crop by default. Raises UserError.
+        end where the run shares that). `modality`: of a joint run, which one. `max_seconds`: of speech, how much of a
+        recording is encoded; training's longest crop by default. Raises UserError.
         """
         checkpoint = open_checkpoint(Path(path), modality)
         config = checkpoint_config(checkpoint)

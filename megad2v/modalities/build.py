@@ -216,8 +216,8 @@ def joint_name(modality: str, name: str, known: Container[str]) -> str:
 
 
 def names_in(saved: Collection[str], then: str, ours: Collection[str], now: str) -> dict[str, str]:
-    """Of those of `ours`, the parameters of a model of `now` (a modality, or joint), that a model of `then` has too: our
-    name -> its name among `saved`."""
+    """Parameters that both of two models have, each of a modality or joint: their names in one of `now`, among `ours`,
+    to those in one of `then`, among `saved`."""
     if (then == JOINT) == (now == JOINT):
         return {name: name for name in ours if name in saved}
     found = {}

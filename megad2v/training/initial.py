@@ -41,8 +41,9 @@ def initialise_from(
     teacher: ShardedTeacher,
     teacher_from: str,
 ) -> Matching:
-    """Start a new schedule from the weights of `checkpoint`: student and teacher where names and shapes match, between
-    a joint model and one modality's too (see `View`). `teacher_from` "student" makes the teacher a copy of that student.
+    """Start a new schedule from the weights of `checkpoint`: student and teacher where names and shapes match, also
+    between a joint model and one modality's (see `View`). `teacher_from` "student" makes the teacher a copy of that
+    student.
 
     What is missing from the checkpoint keeps its fresh values, a missing teacher tensor starts as the student's.
     Collective, as `load`.
