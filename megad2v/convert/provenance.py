@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from megad2v.config.load import load_config, recipes
@@ -23,7 +24,7 @@ def recipe_of(config: Config, sections: Sequence[str]) -> str:
     ours = _leaves(config, sections)
     found: list[tuple[int, str, dict[str, Any]]] = []
     for name in sorted(recipes()):
-        recipe = load_config(name)
+        recipe = _recipe(name)
         if recipe.modality == config.modality:
             theirs = _leaves(recipe, sections)
             changed = {key: value for key, value in ours.items() if theirs[key] != value}
@@ -34,6 +35,11 @@ def recipe_of(config: Config, sections: Sequence[str]) -> str:
     if count > SHOWN:
         return f"its own; {count} keys differ from `{name}`, the nearest"
     return f"`{name}` with " + ", ".join(f"`{key}` {value}" for key, value in changed.items())
+
+
+@lru_cache  # reading one takes a third of a second
+def _recipe(name: str) -> Config:
+    return load_config(name)
 
 
 def _leaves(config: Config, sections: Sequence[str]) -> dict[str, Any]:

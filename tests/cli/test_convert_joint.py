@@ -91,19 +91,14 @@ def pretend_input(modality: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 TASKS = {
-    "vision": (
-        "AutoModelForImageClassification",
-        {"num_labels": 5},
-        {"classifier", "data2vec_vision.pooler.layernorm"},
-    ),
+    "vision": ("AutoModelForImageClassification", {"num_labels": 5}, {"classifier"}),
     "speech": ("AutoModelForCTC", {"vocab_size": 31}, {"lm_head"}),
     "text": ("AutoModelForSequenceClassification", {"num_labels": 5}, {"classifier.dense", "classifier.out_proj"}),
 }
 """Class, its arguments, modules that are new in it."""
 
 
-@pytest.mark.parametrize("weights", ["student", "teacher"])
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize(("modality", "weights"), [("vision", "teacher"), ("speech", "student"), ("text", "teacher")])
 def test_to_hugging_face(modality: str, weights: str, run: Path, tmp_path: Path) -> None:
     """What transformers loads computes what the joint model computes for that modality; only heads of tasks are new; a
     key's bias, which the joint model has not, is there as zeros; and back it is the same model to the bit."""
@@ -123,7 +118,8 @@ def test_to_hugging_face(modality: str, weights: str, run: Path, tmp_path: Path)
     _, info = getattr(transformers, kind).from_pretrained(
         folder, **how, local_files_only=True, output_loading_info=True
     )
-    assert {name.rpartition(".")[0] for name in info["missing_keys"]} <= new
+    missing = {name.rpartition(".")[0] for name in info["missing_keys"]}
+    assert new <= missing <= new | {"data2vec_vision.pooler.layernorm"} and not info["unexpected_keys"]
     if modality != "vision":
         biases = [p for n, p in model.named_parameters() if n.endswith((".key.bias", ".k_proj.bias"))]
         assert len(biases) == CONFIG.model.depth and not any(bias.any() for bias in biases)
@@ -149,9 +145,10 @@ def test_there_and_back(modality: str, program: str, run: Path, tmp_path: Path) 
         for name in names:
             assert torch.equal(found[name], STATE[kind][joint_name(modality, name, STATE["student"])]), (kind, name)
     theirs = checkpoint_config(back)
-    for key in ("norm", "norm_eps", "layer_scale", "relative_bias", "head_layers", "qkv_bias"):
+    for key in ("norm", "norm_eps", "relative_bias", "head_layers", "qkv_bias"):
         assert getattr(theirs.model, key) == getattr(alone.model, key), key
-    assert (theirs.targets, theirs.loss) == (alone.targets, alone.loss)
+    assert (theirs.model.layer_scale is None) == (alone.model.layer_scale is None)
+    assert theirs.targets.layers == alone.targets.layers and theirs.loss.kind == alone.loss.kind
     tokenizer = load_tokenizer(back)
     assert (tokenizer is not None) == (modality == "text")
     parity = json.loads((tmp_path / program / "parity.json").read_text())
@@ -182,7 +179,7 @@ def test_the_card_is_of_that_modality(run: Path, tmp_path: Path) -> None:
         "0.375",
     ):
         assert words in card, words
-    for words in ("55.5", "66.5", "224", "conv_layers", str(tmp_path)):
+    for words in ("55.5", "66.5", "samples (training", "conv_layers", str(tmp_path)):
         assert words not in card, words
 
 
@@ -206,7 +203,7 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--modality text: " in refused(capsys, *single, "--modality", "text")
     assert "is of vision alone" in refused(capsys, *single, "--modality", "speech")
     vision = ("--checkpoint", run, "--modality", "vision", "--output", tmp_path / "out")
-    assert "joint.vision.norm_eps: fairseq's data2vec_vision" in refused(capsys, *vision, "--to", "fairseq")
+    assert "joint.vision.head_layers: fairseq's data2vec_vision" in refused(capsys, *vision, "--to", "fairseq")
     text = ("--checkpoint", run, "--modality", "text", "--output", tmp_path / "out")
     assert "--to beit: is of images, the checkpoint of text" in refused(capsys, *text, "--to", "beit")
     hf = ("--from", "hf", "--input", run, "--output", tmp_path / "out", "--modality", "text")
