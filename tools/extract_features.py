@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,4 +159,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, which cleans up
     sys.exit(main())

@@ -32,6 +32,14 @@ def validate(config: Config) -> None:
                 raise UserError(joint_key(config, modality, problem))
 
 
+def validate_model(config: Config) -> None:
+    """Raise UserError for the first contradiction in what the model and its objective are: for a configuration that
+    another program's settings were read into, of which training uses nothing else."""
+    for rules in (_finite, _model, _objective):
+        for problem in rules(config):
+            raise UserError(problem)
+
+
 def _finite(section: Any, prefix: str = "") -> list[str]:
     """YAML can write .nan and .inf, and no key means either."""
     problems = []

@@ -98,7 +98,7 @@ def compare_layers(
     parity.json says of them. `padding` false leaves out the places that hold nothing, which nobody looks at;
     `rounded`: see TOLERANCE_ROUNDED.
 
-    Raises CertificateError naming the first layer; `what` is whose it is.
+    Raises CertificateError naming the first layer (`what` is whose it is), UserError where ours is not finite.
     """
     tolerance_float64 = TOLERANCE_ROUNDED if rounded else TOLERANCE_FLOAT64
     single = _compare(student, theirs, example, padding)
@@ -214,7 +214,12 @@ def _compare(student: Student, theirs: Theirs, example: Example, padding: bool) 
     found: list[tuple[float, float]] = []
 
     def compare(our: Tensor) -> None:
-        their = next(others)
+        their = next(others, None)
+        if their is None or their.shape != our.shape:  # a difference of other shapes would be broadcast
+            shape = "nothing" if their is None else tuple(their.shape)
+            raise CertificateError(f"hidden state {len(found)} is {tuple(our.shape)}, and {shape} there")
+        if not our.isfinite().all():
+            raise UserError("the model's hidden states are not finite; its training has diverged")
         if left_out is not None:
             our, their = our[~left_out], their[~left_out]
         found.append((float(our.abs().max()), float((our - their).abs().max())))

@@ -25,8 +25,9 @@ from megad2v.convert.certificate import SEED, CertificateError, compare_layers, 
 from megad2v.convert.fairseq_run import run_fairseq
 from megad2v.convert.foreign import differing, parameter_shapes
 from megad2v.convert.hf import CERTIFICATE, check_output, written_aside
-from megad2v.convert.incoming import BEIT_EPS, FAIRSEQ, Incoming, read_beit, read_fairseq
+from megad2v.convert.incoming import BEIT_EPS, FAIRSEQ, INCEPTION, Incoming, read_beit, read_fairseq
 from megad2v.convert.load import Weights, checkpoint_config, load_encoder, load_tokenizer, named_as_in_the_run
+from megad2v.convert.torch_file import write_torch_file
 from megad2v.errors import UserError
 from megad2v.modalities.build import HUGGING_FACE
 from megad2v.modalities.fairseq_cfg import Rules, refuse, training_sections
@@ -63,7 +64,7 @@ def export_fairseq(
     }
     with written_aside(output) as aside:
         content = fairseq_file(config, state, checkpoint.index.step)
-        torch.save(content, aside / FILE)
+        write_torch_file(aside / FILE, content)
         if config.modality == "text":
             (aside / DICTIONARY).write_text(dictionary(config), encoding="utf-8")
             if tokenizer is not None:
@@ -118,7 +119,11 @@ def _parameters(checkpoint: Checkpoint, config: Config, weights: Weights) -> tup
     missing = next((name for name in names if name not in held), None)
     if missing is not None:
         raise UserError(f"{checkpoint.directory}: holds no teacher weights of {missing}; is it a training checkpoint?")
-    return student, {name: checkpoint.full("teacher", name) for name in names}
+    teacher = {name: checkpoint.full("teacher", name) for name in names}
+    for name, value in (*student.items(), *teacher.items()):
+        if not value.isfinite().all():
+            raise UserError(f"{checkpoint.directory}: {name} is not finite; its training has diverged")
+    return student, teacher
 
 
 def _certified(
@@ -181,10 +186,14 @@ def export_beit(
             "target_layers": str(list(range(depth - layers, depth))),
             "l1_beta": float(config.loss.beta),
             "drop_path": float(config.model.drop_path),
+            "imagenet_default_mean_and_std": config.vision.mean != INCEPTION,
+            # The program knows those two alone, and passes these by: what the model was trained with, for --from beit.
+            "normalization_mean": list(config.vision.mean),
+            "normalization_std": list(config.vision.std),
         },
     }
     with written_aside(output) as aside:
-        torch.save(content, aside / BEIT_FILE)
+        write_torch_file(aside / BEIT_FILE, content)
         parity = {
             **_certified(checkpoint, read_beit(aside / BEIT_FILE), student, teacher, weights),
             "weights": weights,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megad2v.config.schema import Config
+from megad2v.config.validate import validate_model
 from megad2v.errors import UserError
 from megad2v.modalities.build import build_student, build_teacher
 
@@ -19,6 +20,20 @@ BUFFERS = ("relative_position_index", ".version", ".position_ids", ".token_type_
 """Ends of names that hold no parameter, and may be there or not."""
 MAY_LACK = ("head.", "front_end.mask_token")
 """Beginnings of our names that the encoder does without: released files often do not have them."""
+
+
+def understood(where: str, read: Callable[[], Config]) -> Config:
+    """The configuration that `read` makes of another program's settings, which `where` holds. Raises UserError where
+    they are of other types or contradict each other: anybody may have written them."""
+    try:
+        config = read()
+    except (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not the settings of a data2vec model ({error}); copy the file again") from None
+    try:
+        validate_model(config)
+    except UserError as error:
+        raise UserError(f"{where}: describes a model that cannot be ({error})") from None
+    return config
 
 
 _KEY_BIASES = (".attention.self.key.bias", ".k_proj.bias")

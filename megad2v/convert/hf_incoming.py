@@ -17,12 +17,13 @@ from torch import Tensor
 from megad2v.config.load import load_config
 from megad2v.config.schema import Config
 from megad2v.convert.certificate import Theirs, of_transformers, quiet, require_transformers
-from megad2v.convert.foreign import MAY_LACK, fit, parameter_shapes, with_key_biases
+from megad2v.convert.foreign import MAY_LACK, fit, parameter_shapes, understood, with_key_biases
 from megad2v.convert.incoming import LARGE, Incoming, find_tokenizer
 from megad2v.convert.torch_file import read_torch_file, tensors_of
 from megad2v.errors import UserError
 from megad2v.modalities.build import HUGGING_FACE
-from megad2v.modalities.keys import Example
+from megad2v.modalities.keys import Example, mlp_ratio
+from megad2v.modalities.speech.geometry import SAMPLE_RATE
 from megad2v.modalities.text.codecs import PAD
 from megad2v.modalities.text.hf_keys import POSITIONS, SEGMENTS
 
@@ -37,15 +38,8 @@ def read_hugging_face(folder: Path, tokenizer: Path | None = None) -> Incoming:
     transformers = require_transformers()
     settings = _settings(folder)
     modality, read = _reader(settings, folder)
-    depth = int(settings.get("num_hidden_layers", 12))
-    small, large = {
-        "speech": ("speech_base", "speech_large"),
-        "text": ("text_base_fairseq", "text_large"),
-        "vision": ("vision_base", "vision_large"),
-    }[modality]
-    base = load_config(large if depth >= LARGE else small)
-    base = replace(base, targets=replace(base.targets, layers=min(base.targets.layers, depth)))
-    config = read(base, settings)
+    config = understood(str(folder / "config.json"), lambda: read(_recipe(modality, settings), settings))
+    config, report = _with_processor(config, folder)
     config = replace(config, train=replace(config.train, steps=0))
     keys = HUGGING_FACE[modality]
     keys.check(config)
@@ -66,6 +60,7 @@ def read_hugging_face(folder: Path, tokenizer: Path | None = None) -> Incoming:
     forward = _forward(transformers, folder, None if not mean_pooling else config.model.norm_eps)
     found = Incoming(f"Hugging Face's {keys.MODEL_CLASS}", config, student, forward)
     found.tensors, found.to_theirs = state, keys.to_hugging_face
+    found.report += report
     if left or dropped:
         found.report.append(f"left out, since they belong to a task: {', '.join((*left, *dropped))}")
     if modality == "text":
@@ -75,12 +70,57 @@ def read_hugging_face(folder: Path, tokenizer: Path | None = None) -> Incoming:
         find_tokenizer(folder, tokenizer, found)
     elif tokenizer is not None:
         raise UserError(f"--tokenizer: is for text; {folder} holds a {keys.MODEL_CLASS}")
-    if modality == "vision" and config.model.norm_eps != base.model.norm_eps:
+    trained = _recipe(modality, settings).model.norm_eps
+    if modality == "vision" and config.model.norm_eps != trained:
         found.report.append(
             f"model.norm_eps {config.model.norm_eps:g}, as its config.json says and transformers computes (the program "
-            f"that trained the released models: {base.model.norm_eps:g})"
+            f"that trained the released models: {trained:g})"
         )
     return found
+
+
+def _recipe(modality: str, settings: Mapping[str, Any]) -> Config:
+    """The published recipe of that modality nearest in depth."""
+    depth = int(settings.get("num_hidden_layers", 12))
+    small, large = {
+        "speech": ("speech_base", "speech_large"),
+        "text": ("text_base_fairseq", "text_large"),
+        "vision": ("vision_base", "vision_large"),
+    }[modality]
+    base = load_config(large if depth >= LARGE else small)
+    return replace(base, targets=replace(base.targets, layers=min(base.targets.layers, depth)))
+
+
+def _with_processor(config: Config, folder: Path) -> tuple[Config, list[str]]:
+    """What preprocessor_config.json says of raw samples, and where there is none, what is taken instead."""
+    path = folder / "preprocessor_config.json"
+    if config.modality == "text":
+        return config, []
+    if not path.exists():
+        vision = config.vision
+        taken = f"waveforms to mean 0 and variance 1 (speech.normalise {config.speech.normalise})"
+        if config.modality == "vision":
+            taken = f"pixels with vision.mean {list(vision.mean)}, vision.std {list(vision.std)}"
+        return config, [f"{path.name}: not in the folder; the recipe normalises {taken}"]
+
+    def read() -> Config:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        if config.modality == "speech":
+            _refuse(said, {"sampling_rate": SAMPLE_RATE}, path.name)
+            normalise = bool(said.get("do_normalize", config.speech.normalise))
+            return replace(config, speech=replace(config.speech, normalise=normalise))
+        _refuse(said, {"do_rescale": True, "rescale_factor": 1 / 255}, path.name)
+        mean, std = (said.get(f"image_{name}", getattr(config.vision, name)) for name in ("mean", "std"))
+        if not said.get("do_normalize", True):
+            mean, std = (0.0,) * 3, (1.0,) * 3
+        return replace(config, vision=replace(config.vision, mean=_three(mean), std=_three(std)))
+
+    return understood(str(path), read), []
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -147,16 +187,16 @@ def _reader(settings: Mapping[str, Any], folder: Path) -> tuple[str, Reader]:
         "data2vec-text": ("text", _text),
         "data2vec-vision": ("vision", _vision),
     }
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise UserError(f"{folder}: holds a model of type {kind}; expected {', '.join(readers)}")
     return readers[kind]
 
 
-def _refuse(settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _refuse(settings: Mapping[str, Any], wanted: Mapping[str, Any], file: str = "config.json") -> None:
     """Raises UserError for a setting that is not what ours computes; `wanted` is it, and transformers' default."""
     for key, value in wanted.items():
         if settings.get(key, value) != value:
-            raise UserError(f"config.json, {key}: {settings[key]}; our model knows {value} alone")
+            raise UserError(f"{file}, {key}: {settings[key]}; our model knows {value} alone")
 
 
 def _encoder(config: Config, settings: Mapping[str, Any], *, dropout: str, attention: str, eps: float) -> Config:
@@ -166,7 +206,7 @@ def _encoder(config: Config, settings: Mapping[str, Any], *, dropout: str, atten
         width=width,
         depth=int(settings.get("num_hidden_layers", 12)),
         heads=int(settings.get("num_attention_heads", 12)),
-        mlp_ratio=int(settings.get("intermediate_size", 3072)) / width,
+        mlp_ratio=mlp_ratio(int(settings.get("intermediate_size", 3072)), width),
         norm_eps=float(settings.get("layer_norm_eps", eps)),
         dropout=float(settings.get(dropout, config.model.dropout)),
         attention_dropout=float(settings.get(attention, config.model.attention_dropout)),

@@ -6,6 +6,7 @@ Hugging Face's folders: hf_incoming.py.
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,11 @@ from megad2v.config.load import load_config
 from megad2v.config.schema import Config
 from megad2v.convert import plain
 from megad2v.convert.certificate import Theirs
-from megad2v.convert.foreign import Mapped, fit, parameter_shapes, with_key_biases
+from megad2v.convert.foreign import Mapped, fit, parameter_shapes, understood, with_key_biases
 from megad2v.convert.torch_file import read_torch_file, tensors_of
 from megad2v.errors import UserError
 from megad2v.modalities.fairseq_cfg import with_training
-from megad2v.modalities.keys import Example
+from megad2v.modalities.keys import Example, mlp_ratio
 from megad2v.modalities.speech import fairseq_config as speech_fairseq
 from megad2v.modalities.text import fairseq_config as text_fairseq
 from megad2v.modalities.text.byte_level import import_byte_level
@@ -37,6 +38,8 @@ FAIRSEQ: dict[str, ModuleType] = {"speech": speech_fairseq, "text": text_fairseq
 """fairseq's models: see modalities/speech/fairseq_config.py for what each module offers."""
 LARGE = 24
 """Blocks of the released large models."""
+INCEPTION = (0.5, 0.5, 0.5)
+"""Mean and deviation that the BEiT fork normalises with, unless told to take ImageNet's."""
 BEIT_EPS = 1e-6
 """Of the BEiT fork's norms (spec 3.1)."""
 
@@ -108,20 +111,13 @@ def read_fairseq(path: Path, tokenizer: Path | None = None) -> Incoming:
     """
     file = read_torch_file(path)
     cfg = fairseq_cfg(file, path)
-    model, task = cfg["model"], cfg.get("task") or {}
+    model = cfg["model"]
     modality = _modality(str(model.get("_name")), path)
     keys = FAIRSEQ[modality]
     state = dict(file["model"]) if isinstance(file.get("model"), Mapping) else {}
     averaged = state.pop(keys.EMA, None)
     state = keys.renamed(tensors_of(state, f"{path}, model"))
-    names = keys.RECIPES
-    depth = int(model.get("encoder_layers", 12)) if modality == "speech" else 0
-    base = load_config(names[-1] if depth >= LARGE else names[0])
-    config = with_training(keys.read(base, model, task), cfg)
-    if modality == "text":
-        config = text_fairseq.with_vocabulary(config, state)
-    step = _updates(file)
-    config = with_key_biases(replace(config, train=replace(config.train, steps=step)), state)
+    config = understood(f"{path}, cfg", lambda: _fairseq_config(file, cfg, modality, state))
     student, left = fit(
         state,
         config,
@@ -132,7 +128,8 @@ def read_fairseq(path: Path, tokenizer: Path | None = None) -> Incoming:
         dropped=keys.DROPPED,
     )
     shape = plain_shape(modality, model)
-    found = Incoming(f"fairseq's {keys.MODEL}", config, student, plain_forward(modality, state, shape), step=step)
+    forward, step = plain_forward(modality, state, shape), config.train.steps
+    found = Incoming(f"fairseq's {keys.MODEL}", config, student, forward, step=step)
     found.tensors, found.to_theirs = state, keys.to_fairseq
     if left:
         found.report.append(f"left out, since data2vec does not use them: {', '.join(left)}")
@@ -143,6 +140,19 @@ def read_fairseq(path: Path, tokenizer: Path | None = None) -> Incoming:
     if averaged is not None:
         _add_teacher(found, state, tensors_of(averaged, f"{path}, model, {keys.EMA}"), keys, shape, path)
     return found
+
+
+def _fairseq_config(
+    file: Mapping[str, Any], cfg: Mapping[str, Any], modality: str, state: Mapping[str, Tensor]
+) -> Config:
+    """The recipe of that modality and size with what the file says otherwise."""
+    keys, model = FAIRSEQ[modality], cfg["model"]
+    large = modality == "speech" and int(model.get("encoder_layers", 12)) >= LARGE
+    base = load_config(keys.RECIPES[-1 if large else 0])
+    config = with_training(keys.read(base, model, cfg.get("task") or {}), cfg)
+    if modality == "text":
+        config = text_fairseq.with_vocabulary(config, state)
+    return with_key_biases(replace(config, train=replace(config.train, steps=_updates(file))), state)
 
 
 def _add_teacher(
@@ -247,13 +257,12 @@ def read_beit(path: Path) -> Incoming:
     file = read_torch_file(path)
     bare = next((file[key] for key in ("model", "module") if isinstance(file.get(key), Mapping)), file)
     state = tensors_of(bare, f"{path}, model")
-    config = _with_arguments(_beit_config(state, path), file.get("args"))
-    step = 0
-    config = replace(config, train=replace(config.train, steps=step))
+    config = understood(str(path), lambda: _with_arguments(_beit_config(state, path), file.get("args")))
+    config = replace(config, train=replace(config.train, steps=0))
     take = partial(fit, config=config, to_theirs=to_beit, to_ours=from_beit)
     student, _ = take(state, where=f"{path}, model", names=parameter_shapes(config))
     shape = plain.Shape(config.model.heads, BEIT_EPS)
-    found = Incoming("the BEiT fork's model", config, student, plain_forward("vision", state, shape), step=step)
+    found = Incoming("the BEiT fork's model", config, student, plain_forward("vision", state, shape))
     found.tensors, found.to_theirs = state, to_beit
     if isinstance(file.get("model_ema"), Mapping):
         averaged = tensors_of(file["model_ema"], f"{path}, model_ema")
@@ -280,7 +289,12 @@ def _beit_config(state: Mapping[str, Tensor], path: Path) -> Config:
     base = load_config("vision_large" if depth >= LARGE else "vision_base")
     width, patch = patches.shape[0], patches.shape[2]
     model = replace(
-        base.model, width=width, depth=depth, heads=table.shape[1], mlp_ratio=hidden.shape[0] / width, norm_eps=BEIT_EPS
+        base.model,
+        width=width,
+        depth=depth,
+        heads=table.shape[1],
+        mlp_ratio=mlp_ratio(hidden.shape[0], width),
+        norm_eps=BEIT_EPS,
     )
     vision = replace(base.vision, image_size=grid * patch, patch_size=patch, channels=patches.shape[1])
     layers = min(base.targets.layers, depth)
@@ -292,12 +306,17 @@ def _with_arguments(config: Config, arguments: Any) -> Config:
     given = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     if not isinstance(given, Mapping):
         return config
-    model, loss, targets = config.model, config.loss, config.targets
+    model, loss, targets, vision = config.model, config.loss, config.targets, config.vision
     if given.get("drop_path") is not None:
         model = replace(model, drop_path=float(given["drop_path"]))
     if given.get("l1_beta"):
         loss = replace(loss, beta=float(given["l1_beta"]))
     blocks = given.get("target_layers")
     if isinstance(blocks, str):
-        targets = replace(targets, layers=len(blocks.strip("[]").split(",")))
-    return replace(config, model=model, loss=loss, targets=targets)
+        targets = replace(targets, layers=min(len(ast.literal_eval(blocks)), model.depth) or targets.layers)
+    if given.get("imagenet_default_mean_and_std") is False:  # else the recipe's, which is ImageNet's
+        vision = replace(vision, mean=INCEPTION, std=INCEPTION)
+    if given.get("normalization_mean") and given.get("normalization_std"):  # in files of ours
+        mean, std = (tuple(map(float, given[f"normalization_{name}"])) for name in ("mean", "std"))
+        vision = replace(vision, mean=mean, std=std)
+    return replace(config, model=model, loss=loss, targets=targets, vision=vision)

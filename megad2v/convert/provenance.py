@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
-from megad2v.config.load import load_config, recipes
+import yaml
+
+from megad2v.config.load import recipes
 from megad2v.config.schema import Config
+from megad2v.config.tree import config_from_dict
 from megad2v.data.format import read_dataset
 from megad2v.data.shardset import pattern_of, resolve
 from megad2v.errors import UserError
@@ -23,8 +25,8 @@ def recipe_of(config: Config, sections: Sequence[str]) -> str:
     """The shipped recipe of that modality from which fewest keys of `sections` and TRAIN_KEYS differ, and which."""
     ours = _leaves(config, sections)
     found: list[tuple[int, str, dict[str, Any]]] = []
-    for name in sorted(recipes()):
-        recipe = _recipe(name)
+    for name, path in sorted(recipes().items()):
+        recipe = config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         if recipe.modality == config.modality:
             theirs = _leaves(recipe, sections)
             changed = {key: value for key, value in ours.items() if theirs[key] != value}
@@ -35,11 +37,6 @@ def recipe_of(config: Config, sections: Sequence[str]) -> str:
     if count > SHOWN:
         return f"its own; {count} keys differ from `{name}`, the nearest"
     return f"`{name}` with " + ", ".join(f"`{key}` {value}" for key, value in changed.items())
-
-
-@lru_cache  # reading one takes a third of a second
-def _recipe(name: str) -> Config:
-    return load_config(name)
 
 
 def _leaves(config: Config, sections: Sequence[str]) -> dict[str, Any]:

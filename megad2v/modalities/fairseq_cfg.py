@@ -72,9 +72,9 @@ def with_objective(config: Config, model: Mapping[str, Any]) -> Config:
         _norm(model, "layer_norm_target_layer", "instance_norm_target_layer"),
         _norm(model, "layer_norm_targets", "instance_norm_targets"),
     )
-    targets: TargetsConfig = replace(
-        config.targets, layers=int(model.get("average_top_k_layers", 8)), layer_norm=norms[0], average_norm=norms[1]
-    )
+    # Theirs takes the last K of a list, which may be fewer.
+    layers = min(int(model.get("average_top_k_layers", 8)), config.model.depth)
+    targets: TargetsConfig = replace(config.targets, layers=layers, layer_norm=norms[0], average_norm=norms[1])
     loss: LossConfig = replace(
         config.loss,
         kind="smooth_l1" if beta else "mse",

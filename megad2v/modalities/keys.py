@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -123,6 +124,13 @@ class KeyMap:
 
 
 _QKV = "encoder.blocks.*.attention.qkv"
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """`model.mlp_ratio` of a model whose MLPs have `hidden` channels. It is multiplied and rounded down again, and the
+    quotient of floats may be just too small for that: 240 x (245 / 240) is below 245."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _pattern(name: str) -> re.Pattern[str]:

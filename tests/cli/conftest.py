@@ -1,12 +1,14 @@
-"""Small shards that the command-line tests share."""
+"""Small shards, and a small run, that the command-line tests share."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import small_config, small_state, write_small_checkpoint
 from tests.distributed.harness import REPOSITORY, run_command
 
 
@@ -26,6 +28,21 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [*shards, "--output", str(root / part), "--max-shard-size", "100KB"], timeout=150, cwd=REPOSITORY
         ).check_returncode()
     return root
+
+
+@pytest.fixture(scope="session")
+def vision_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with one checkpoint, as three ranks left it, and metrics beside it. Nobody changes it."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    config = small_config(head_layers=1)
+    write_small_checkpoint(run, config, small_state(config), step=7)
+    lines = [
+        {"step": 7, "loss": 1.25, "target_std": 0.5, "samples": 224},
+        {"step": 7, "valid_loss": 1.5, "valid_retrieval": 0.375},
+        {"step": 8, "loss": 99.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "lo')
+    return run
 
 
 TINY = [

@@ -1,35 +1,26 @@
-"""tools/convert_checkpoint.py: a checkpoint in fragments becomes a certified Hugging Face folder, or nothing."""
+"""tools/convert_checkpoint.py --to hf: a checkpoint in fragments becomes a certified folder of Hugging Face's."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megad2v.config.load import parse_command_line
-from megad2v.config.schema import Config
-from megad2v.convert.certificate import TOLERANCE, CertificateError, certify
+from megad2v.convert.certificate import TOLERANCE
 from megad2v.convert.hf import check_output, export, written_aside
-from megad2v.convert.load import checkpoint_config, load_encoder, open_checkpoint
+from megad2v.convert.load import load_encoder, open_checkpoint
 from megad2v.convert.provenance import data_counts, recipe_of
 from megad2v.data.format import DatasetInfo, ShardInfo, write_dataset
-from megad2v.errors import UserError
 from megad2v.modalities.build import build_student
-from megad2v.modalities.speech import hf_keys as speech_keys
-from megad2v.modalities.text import hf_keys as text_keys
 from megad2v.modalities.text.synthetic import demo_story
-from megad2v.modalities.text.tokenizer import Tokenizer
 from megad2v.modalities.text.train import TrainingOptions, train_tokenizer
-from megad2v.modalities.vision import hf_keys
 from tests.checkpoints import (
     small_config,
     small_speech_config,
@@ -37,32 +28,13 @@ from tests.checkpoints import (
     small_text_config,
     write_small_checkpoint,
 )
+from tests.cli.conversions import convert, text_checkpoint
+from tests.distributed.harness import REPOSITORY
 from tests.tolerances import HUGGING_FACE
-from tools import convert_checkpoint
 
 transformers = pytest.importorskip("transformers")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = {"README.md", "config.json", "model.safetensors", "parity.json", "preprocessor_config.json"}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with one checkpoint, as three ranks left it, and metrics beside it."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    config = small_config(head_layers=1)
-    write_small_checkpoint(run, config, small_state(config), step=7)
-    lines = [
-        {"step": 7, "loss": 1.25, "target_std": 0.5, "samples": 224},
-        {"step": 7, "valid_loss": 1.5, "valid_retrieval": 0.375},
-        {"step": 8, "loss": 99.0},
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "lo')
-    return run
-
-
-def convert(*arguments: object) -> int:
-    return convert_checkpoint.main([str(argument) for argument in arguments])
 
 
 def last_state(folder: Path, images: torch.Tensor) -> torch.Tensor:
@@ -71,7 +43,7 @@ def last_state(folder: Path, images: torch.Tensor) -> torch.Tensor:
         return model(images).last_hidden_state
 
 
-def test_command_exports_offline_without_deepspeed(run: Path, tmp_path: Path) -> None:
+def test_command_exports_offline_without_deepspeed(vision_run: Path, tmp_path: Path) -> None:
     """A new process, as a person starts it, in another folder, with no network to fall back on."""
     program = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
@@ -80,7 +52,7 @@ def test_command_exports_offline_without_deepspeed(run: Path, tmp_path: Path) ->
         "print('DEEPSPEED' if 'deepspeed' in sys.modules else 'WITHOUT')"
     )
     tool = REPOSITORY / "tools" / "convert_checkpoint.py"
-    arguments = ["--checkpoint", run, "--to", "hf", "--output", "a/b/hf"]
+    arguments = ["--checkpoint", vision_run, "--to", "hf", "--output", "a/b/hf"]
     completed = subprocess.run(
         [sys.executable, "-c", program, tool, *arguments],
         cwd=tmp_path,
@@ -121,8 +93,8 @@ def test_the_weights_asked_for(scope: str, weights: str, tmp_path: Path) -> None
     assert all(torch.equal(p, dict(expected.named_parameters())[name]) for name, p in loaded.named_parameters())
 
 
-def test_certificate_and_card(run: Path, tmp_path: Path) -> None:
-    parity = export(open_checkpoint(run), tmp_path / "hf")
+def test_certificate_and_card(vision_run: Path, tmp_path: Path) -> None:
+    parity = export(open_checkpoint(vision_run), tmp_path / "hf")
     assert parity == json.loads((tmp_path / "hf" / "parity.json").read_text())
     assert [layer["name"] for layer in parity["layers"]] == ["input", "block 1", "block 2", "block 3", "output"]
     assert parity["max_abs"] < HUGGING_FACE
@@ -197,37 +169,6 @@ def test_speech(weights: str, tmp_path: Path) -> None:
     assert '"conv_layers"' in card and '"patch_size"' not in card and '"jitter"' not in card
 
 
-def test_any_wrong_speech_parameter_fails_the_certificate(tmp_path: Path) -> None:
-    """One element of any parameter, off by little; only what a key's bias adds to all logits alike may differ."""
-    config = small_speech_config()
-    write_small_checkpoint(tmp_path / "run", config, small_state(config))
-    student = load_encoder(open_checkpoint(tmp_path / "run"), "student")
-    parameters = dict(student.named_parameters())
-    kinds = [name for name in parameters if not name.startswith(("head.", "encoder.blocks"))]
-    kinds += [name for name in parameters if name.startswith("encoder.blocks.1.")]
-    assert len(kinds) == 1 + 3 * 3 + 2 + 2 + 2 * 2 + 2 + 12
-    (tmp_path / "config.json").write_text(json.dumps(speech_keys.model_config(config)))
-    for name in [None, *kinds]:
-        damaged = {**parameters}
-        if name is not None:
-            damaged[name] = parameters[name].clone()
-            damaged[name].view(-1)[parameters[name].numel() - 1] += 1e-3
-        state = speech_keys.to_hugging_face(damaged, config)
-        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(CertificateError, match="differs from ours") if name is not None else nullcontext():
-            certify(tmp_path, student, speech_keys, config)
-
-
-def text_checkpoint(run: Path, tokenizer: Tokenizer | None, **text: object) -> dict[str, dict[str, torch.Tensor]]:
-    """A text run with one checkpoint that carries `tokenizer`; returns its tensors."""
-    vocabulary = 261 if tokenizer is None else tokenizer.vocabulary
-    config = small_text_config(text={"vocabulary": vocabulary, "tokenizer": str(run / "elsewhere"), **text})
-    files = tokenizer.core_files if tokenizer is not None else {}
-    state = small_state(config)
-    write_small_checkpoint(run, config, state, extras={f"tokenizer/{name}": files[name] for name in files})
-    return state
-
-
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 def test_text(weights: str, tmp_path: Path) -> None:
     """Of a text run: a certified folder whose tokenizer, model and fine-tuning classes work without a network."""
@@ -269,78 +210,8 @@ def test_text(weights: str, tmp_path: Path) -> None:
     assert '"teacher_sees"' in card and '"conv_layers"' not in card and str(tmp_path) not in card
 
 
-def test_any_wrong_text_parameter_fails_the_certificate(tmp_path: Path) -> None:
-    """One element of any parameter, off by little; of the table of tokens a row that the input holds."""
-    text_checkpoint(tmp_path / "run", Tokenizer("bytes", 261, name="bytes"), max_tokens=128)
-    checkpoint = open_checkpoint(tmp_path / "run")
-    config, student = checkpoint_config(checkpoint), load_encoder(checkpoint, "student")
-    parameters = dict(student.named_parameters())
-    kinds = [name for name in parameters if not name.startswith(("head.", "encoder.blocks"))]
-    kinds += [name for name in parameters if name.startswith("encoder.blocks.1.")]
-    assert len(kinds) == 2 + 2 + 12
-    (tmp_path / "config.json").write_text(json.dumps(text_keys.model_config(config)))
-    for name in [None, *kinds]:
-        damaged = {**parameters}
-        if name is not None:
-            damaged[name] = parameters[name].clone()
-            damaged[name].view(-1)[parameters[name].numel() - 1] += 1e-3
-        state = text_keys.to_hugging_face(damaged, config)
-        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(CertificateError, match="differs from ours") if name is not None else nullcontext():
-            certify(tmp_path, student, text_keys, config)
-
-
-def test_a_wrong_tokenizer_fails_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that cuts a space off, one that finds "<mask>" in texts, one without an id: nothing is written."""
-    text_checkpoint(tmp_path / "run", Tokenizer("bytes", 261, name="bytes"))
-    right = text_keys.hugging_face_files
-
-    def stripped(settings: dict[str, Any], tokenizer: dict[str, Any]) -> None:
-        tokenizer["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": False}
-
-    def finds_masks(settings: dict[str, Any], tokenizer: dict[str, Any]) -> None:
-        settings["split_special_tokens"] = False
-
-    def lacks_an_id(settings: dict[str, Any], tokenizer: dict[str, Any]) -> None:
-        tokenizer["model"]["vocab"].pop("<0xFF>")
-
-    for spoil, expected in (
-        (stripped, r"gives \[0, 2\] for ' ', ours \[0, 36, 2\]"),
-        (finds_masks, "for '<s> <pad> </s> <unk> <mask>"),
-        (lacks_an_id, "the exported tokenizer has 260 ids"),
-    ):
-
-        def wrong(tokenizer: Tokenizer, longest: int, spoil: Any = spoil) -> dict[str, str]:
-            files = {name: json.loads(content) for name, content in right(tokenizer, longest).items()}
-            spoil(files["tokenizer_config.json"], files["tokenizer.json"])
-            return {name: json.dumps(content) for name, content in files.items()}
-
-        monkeypatch.setattr(text_keys, "hugging_face_files", wrong)
-        with pytest.raises(CertificateError, match=expected):
-            export(open_checkpoint(tmp_path / "run"), tmp_path / "hf")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_text_that_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("sentencepiece")
-    lines = [line for number in range(50) for line in demo_story(number, 1)]
-    unigram = train_tokenizer(lines, TrainingOptions(400, model="unigram"))
-    text_checkpoint(tmp_path / "without", None)
-    text_checkpoint(tmp_path / "unigram", unigram)
-    text_checkpoint(tmp_path / "other", Tokenizer("bytes", 261, name="bytes"), vocabulary=262)
-    for name, expected in (
-        ("without", "the checkpoint holds no tokenizer"),
-        ("unigram", "a unigram vocabulary cannot be exported"),
-        ("other", "text.vocabulary: 262, but the checkpoint's tokenizer has 261 ids"),
-    ):
-        assert convert("--checkpoint", tmp_path / name, "--to", "hf", "--output", tmp_path / "hf") == 2
-        error = capsys.readouterr().err
-        assert expected in error and error.count("\n") == 1
-    assert not (tmp_path / "hf").exists()
-
-
-def test_fine_tuning_class_lacks_only_its_classifier(run: Path, tmp_path: Path) -> None:
-    export(open_checkpoint(run), tmp_path / "hf")
+def test_fine_tuning_class_lacks_only_its_classifier(vision_run: Path, tmp_path: Path) -> None:
+    export(open_checkpoint(vision_run), tmp_path / "hf")
     model, info = transformers.AutoModelForImageClassification.from_pretrained(
         tmp_path / "hf", num_labels=5, local_files_only=True, output_loading_info=True
     )
@@ -351,72 +222,10 @@ def test_fine_tuning_class_lacks_only_its_classifier(run: Path, tmp_path: Path) 
     assert model(pixels).logits.shape == (1, 5)
 
 
-def test_any_wrong_parameter_fails_the_certificate(run: Path, tmp_path: Path) -> None:
-    """One element of any parameter, off by little: float32 would not see most of them behind a layer scale."""
-    checkpoint = open_checkpoint(run)
-    config, student = checkpoint_config(checkpoint), load_encoder(checkpoint, "student")
-    parameters = dict(student.named_parameters())
-    kinds = [name for name in parameters if name.startswith(("front_end.", "encoder.")) and "blocks" not in name]
-    kinds += [name for name in parameters if name.startswith("encoder.blocks.1.")]
-    assert len(kinds) == 7 + 14
-    (tmp_path / "config.json").write_text(json.dumps(hf_keys.model_config(config)))
-    for name in [None, *kinds]:
-        damaged = {**parameters}
-        if name is not None:
-            damaged[name] = parameters[name].clone()
-            damaged[name].view(-1)[parameters[name].numel() // 2] += 1e-3
-        save_file(hf_keys.to_hugging_face(damaged, config), tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(CertificateError, match="differs from ours") if name is not None else nullcontext():
-            certify(tmp_path, student, hf_keys, config)
-
-
-def test_a_flipped_weight_leaves_no_output(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    right = hf_keys.to_hugging_face
-
-    def wrong(parameters: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
-        state = right(parameters, config)
-        if (name := "encoder.layer.2.output.dense.weight") in state and not state[name].is_meta:
-            state[name][3, 5] *= -1
-        return state
-
-    monkeypatch.setattr(hf_keys, "to_hugging_face", wrong)
-    assert convert("--checkpoint", run, "--to", "hf", "--output", tmp_path / "new" / "hf") == 1
-    assert "differs from ours from block 3 on" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_failed_certificate_is_one_line_and_leaves_the_old_export(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    export(open_checkpoint(run), tmp_path / "hf")
-    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
-    config = hf_keys.model_config
-    monkeypatch.setattr(hf_keys, "model_config", lambda c: {**config(c), "layer_norm_eps": 1e-12})
-    assert convert("--checkpoint", run, "--to", "hf", "--output", tmp_path / "hf", "--overwrite") == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("convert_checkpoint: the exported model differs from ours from block 1 on: ")
-    assert captured.err.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
-
-
-def test_parameters_that_they_do_not_know_fail_the_certificate(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = hf_keys.model_config
-    for key, value in {"use_mean_pooling": True, "use_mask_token": False, "layer_scale_init_value": 0.0}.items():
-        monkeypatch.setattr(hf_keys, "model_config", lambda c, k=key, v=value: {**config(c), k: v})
-        with pytest.raises(CertificateError, match="unexpected_keys"):
-            export(open_checkpoint(run), tmp_path / "hf")
-    assert not list(tmp_path.iterdir())
-
-
-def test_overwriting_has_to_be_asked_for(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overwriting_has_to_be_asked_for(vision_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "hf"
     output.mkdir()  # empty: taken as new
-    arguments = ("--checkpoint", run, "--to", "hf", "--output", output)
+    arguments = ("--checkpoint", vision_run, "--to", "hf", "--output", output)
     assert convert(*arguments) == 0
     student = load_file(output / "model.safetensors")
     assert convert(*arguments, "--weights", "teacher") == 2
@@ -426,90 +235,6 @@ def test_overwriting_has_to_be_asked_for(run: Path, tmp_path: Path, capsys: pyte
     assert student.keys() == teacher.keys()
     assert not torch.equal(student["layernorm.weight"], teacher["layernorm.weight"])
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
-def test_bad_input_is_one_line_and_exit_2(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    (tmp_path / "file").touch()
-    good = {"--checkpoint": run, "--to": "hf", "--output": tmp_path / "out"}
-    for change, expected in (
-        ({"--to": "onnx"}, "--to onnx: cannot be written; expected hf or fairseq or beit"),
-        ({"--weights": "best"}, "--weights best: expected student or teacher"),
-        ({"--checkpoint": tmp_path / "nowhere"}, "no checkpoint here"),
-        ({"--checkpoint": tmp_path / "step_00000001"}, "not a checkpoint"),
-        ({"--output": tmp_path / "mine"}, "is not an export of ours"),
-        ({"--output": tmp_path / "mine", "--overwrite": None}, "is not an export of ours"),
-        ({"--output": tmp_path / "file" / "out"}, "not a folder"),
-        ({"--output": tmp_path / "file"}, "is not an export of ours"),
-    ):
-        words = [word for pair in (good | change).items() for word in pair if word is not None]
-        assert convert(*words) == 2, change
-        captured = capsys.readouterr()
-        assert expected in captured.err
-        assert captured.err.count("\n") == 1
-        assert not captured.out
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "file"}
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
-
-
-def test_damaged_or_foreign_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = small_config()
-    state = small_state(config)
-    flipped = write_small_checkpoint(tmp_path / "flipped", config, state)
-    data = bytearray((flipped / "rank00001.safetensors").read_bytes())
-    data[-5] ^= 1
-    (flipped / "rank00001.safetensors").write_bytes(data)
-    deeper = small_config(depth=4)
-    other = write_small_checkpoint(tmp_path / "other", deeper, state)
-    post = small_config(norm="post")
-    write_small_checkpoint(tmp_path / "post", post, state)
-    without = {"student": state["student"], "teacher": {"encoder.norm.bias": state["teacher"]["encoder.norm.bias"]}}
-    write_small_checkpoint(tmp_path / "without", config, without)
-    future = {**dataclasses.asdict(config), "flux": {"capacitor": 1}}
-    write_small_checkpoint(tmp_path / "future", config, state)
-    for checkpoint, expected in (
-        (flipped, "rank00001.safetensors does not match its checksum"),
-        (tmp_path / "flipped", "rank00001.safetensors does not match its checksum"),
-        (other, "its parameters are not those of its configuration (encoder.blocks.3."),
-        (tmp_path / "post", "model.norm"),
-        (tmp_path / "without", "holds no teacher weights of encoder."),
-    ):
-        assert (
-            convert("--checkpoint", checkpoint, "--to", "hf", "--output", tmp_path / "o", "--weights", "teacher") == 2
-        )
-        captured = capsys.readouterr()
-        assert expected in captured.err
-        assert captured.err.count("\n") == 1
-    checkpoint = open_checkpoint(tmp_path / "future")
-    checkpoint.index.config.clear()
-    checkpoint.index.config.update(future)
-    with pytest.raises(UserError, match=r"another version \(flux: unknown key"):
-        load_encoder(checkpoint, "student")
-    assert not (tmp_path / "o").exists()
-
-
-def test_without_transformers(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert convert("--checkpoint", run, "--to", "hf", "--output", tmp_path / "hf") == 2
-    error = capsys.readouterr().err
-    assert "megad2v[hf]" in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_full_disk_is_one_line(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("megad2v.convert.hf.write_whole", full)
-    assert convert("--checkpoint", run, "--to", "hf", "--output", tmp_path / "hf") == 1
-    assert "No space left on device" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
@@ -522,3 +247,14 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
         interrupted()
     assert not list(tmp_path.iterdir())
     check_output(tmp_path / "a" / "b", overwrite=False)
+
+
+def test_without_transformers(
+    vision_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert convert("--checkpoint", vision_run, "--to", "hf", "--output", tmp_path / "hf") == 2
+    error = capsys.readouterr().err
+    assert "megad2v[hf]" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from torch import Tensor
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
 from megad2v.modalities.fairseq_cfg import Rules, objective_keys, objective_rules, refuse, with_objective
+from megad2v.modalities.keys import mlp_ratio
 from megad2v.modalities.speech.fairseq_keys import from_fairseq, to_fairseq
 from megad2v.modalities.speech.geometry import SAMPLE_RATE
 
@@ -119,7 +120,7 @@ def read(config: Config, model: Mapping[str, Any], task: Mapping[str, Any]) -> C
             width=width,
             depth=int(model.get("encoder_layers", 12)),
             heads=int(model.get("encoder_attention_heads", 12)),
-            mlp_ratio=int(model.get("encoder_ffn_embed_dim", 3072)) / width,
+            mlp_ratio=mlp_ratio(int(model.get("encoder_ffn_embed_dim", 3072)), width),
             dropout=float(model.get("dropout", 0.1)),
             attention_dropout=float(model.get("attention_dropout", 0.1)),
             layer_drop=float(model.get("encoder_layerdrop", 0.0)),

@@ -16,6 +16,7 @@ from torch import Tensor
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
 from megad2v.modalities.fairseq_cfg import Rules, objective_keys, objective_rules, refuse, with_objective
+from megad2v.modalities.keys import mlp_ratio
 from megad2v.modalities.text.codecs import PAD
 from megad2v.modalities.text.fairseq_keys import from_fairseq, to_fairseq
 
@@ -121,7 +122,7 @@ def read(config: Config, model: Mapping[str, Any], task: Mapping[str, Any]) -> C
             width=width,
             depth=int(encoder["layers"]),
             heads=int(encoder["attention_heads"]),
-            mlp_ratio=int(encoder["ffn_embed_dim"]) / width,
+            mlp_ratio=mlp_ratio(int(encoder["ffn_embed_dim"]), width),
             head_layers=heads,
             dropout=float(transformer.get("dropout", 0.1)),
             attention_dropout=float(transformer.get("attention_dropout", 0.0)),
