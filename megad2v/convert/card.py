@@ -120,7 +120,7 @@ def _facts(
         "recipe": recipe_of(run, JOINT_SECTIONS if run.modality == JOINT else sections),
         "data": data_counts(config),
         "updates": f"{index.step:,} of {train.steps:,}" + (", of all modalities together" if shares else ""),
-        "of them": shares,
+        "of them": _turns(index.state, shares),
         "micro-batches per update": f"{train.micro_batches_per_step}, each {_budget(config)}",
         "objective": f"{config.targets.tensor} outputs of the teacher's last {config.targets.layers} blocks",
         "seed": str(train.seed),
@@ -130,6 +130,7 @@ def _facts(
     training, validation = last_metrics(metrics, index.step, config.modality)
     if shares:
         training.pop("samples", None)  # of all modalities
+        training["epoch"] = training.get(f"epoch_{config.modality}")
     for title, line in (("training", training), ("validation", validation)):
         for key, value in line.items():
             if key in _SHOWN and value is not None:
@@ -144,6 +145,12 @@ def _shares(run: Config) -> str:
     """Of a joint run, how many updates are of which modality; else ""."""
     weights = {name: getattr(run.joint, name).weight for name in modalities(run)} if run.modality == JOINT else {}
     return ", ".join(f"{weight / sum(weights.values()):.1%} {name}" for name, weight in weights.items())
+
+
+def _turns(state: Mapping[str, Any], shares: str) -> str:
+    """How many updates were of which modality, as counted; of runs without that count what the weights say."""
+    counted = state.get("progress", {}).get("modality_updates", {}) if shares else {}
+    return ", ".join(f"{count:,} {name}" for name, count in counted.items()) or shares
 
 
 _SHOWN = {
