@@ -48,6 +48,7 @@ exit codes: 0 done, 2 the input is wrong, 1 both do not compute the same (nothin
 examples:
   python tools/convert_checkpoint.py --checkpoint runs/vision_tiny --to hf --output exports/vision_tiny
   python tools/convert_checkpoint.py --checkpoint runs/speech_base --to fairseq --output exports/speech_base
+  python tools/convert_checkpoint.py --checkpoint runs/joint_tiny --modality text --to hf --output exports/text
   python tools/convert_checkpoint.py --from fairseq --input audio_base_ls.pt --output imported/speech_base
 """
 
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="{student,teacher}",
         help="with --to: student (default), what released data2vec models hold; teacher, its moving average",
     )
+    top.add_argument("--modality", metavar="M", help="with --to: which one of a joint run (vision, speech, text)")
     top.add_argument(
         "--tokenizer",
         type=Path,
@@ -93,7 +95,7 @@ def _export(args: argparse.Namespace) -> str:
     weights = args.weights or "student"
     if weights not in WEIGHTS:
         raise UserError(f"--weights {weights}: expected {' or '.join(WEIGHTS)}")
-    checkpoint = open_checkpoint(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint, args.modality)
     parity = TARGETS[args.to](checkpoint, args.output, weights=weights, overwrite=args.overwrite)
     following = {
         "hf": f'transformers.AutoModel.from_pretrained("{args.output}"); see {args.output / "README.md"}',
@@ -111,8 +113,8 @@ def _export(args: argparse.Namespace) -> str:
 def _import(args: argparse.Namespace) -> str:
     if args.source not in SOURCES:
         raise UserError(f"--from {args.source}: cannot be read; expected {' or '.join(SOURCES)}")
-    if args.input is None or args.checkpoint is not None or args.weights is not None:
-        raise UserError(f"--from {args.source}: goes with --input, and neither --checkpoint nor --weights")
+    if args.input is None or any(value is not None for value in (args.checkpoint, args.weights, args.modality)):
+        raise UserError(f"--from {args.source}: goes with --input, and neither --checkpoint, --weights nor --modality")
     parity = import_weights(args.source, args.input, args.output, tokenizer=args.tokenizer, overwrite=args.overwrite)
     lines = "".join(f"  {line}\n" for line in parity["report"])
     return (

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = top.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="a run, or one of its checkpoints/step_XXXXXXXX")
+    add("--modality", metavar="M", help="which one of a joint run (vision, speech, text)")
     add("--weights", default="student", metavar="{student,teacher}", help="whose features (default: student)")
     add("--shards", metavar="SHARDS", help="shards, as make_shards writes them")
     add("--input", nargs="+", metavar="PATH", help="or files, folders or globs of images, recordings, .txt")
@@ -85,7 +86,8 @@ def run(args: argparse.Namespace) -> str:
         raise UserError(f"--budget {args.budget}: expected at least 1 position")
     check_output(args.output, overwrite=args.overwrite, mark=ABOUT)
     device = usable_device(args.device)
-    encoder = Data2VecEncoder.from_checkpoint(args.checkpoint, args.weights).to(device)
+    encoder = Data2VecEncoder.from_checkpoint(args.checkpoint, args.weights, modality=args.modality)
+    encoder.to(device)
     layers = list(dict.fromkeys(_layer(text, encoder.depth) for text in args.layer))
     samples = loose_samples(args.input, encoder.modality) if args.input else shard_samples(args.shards, encoder)
     with written_aside(args.output) as aside:

@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a run, or one of its checkpoints/step_XXXXXXXX"
     )
+    top.add_argument("--modality", metavar="M", help="which one of a joint run (vision, speech, text)")
     top.add_argument("--train", required=True, metavar="SHARDS", help="labelled shards that the probes are fitted on")
     top.add_argument("--test", required=True, metavar="SHARDS", help="labelled shards that they are scored on")
     top.add_argument(
@@ -143,7 +144,7 @@ def _task(args: argparse.Namespace) -> Task:
     if args.fine_tune and args.layer is not None:
         raise UserError("--layer: is for frozen features; fine-tuning trains the whole encoder")
     device = usable_device(args.device)
-    checkpoint = open_checkpoint(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint, args.modality)
     config = checkpoint_config(checkpoint)
     if args.layer is not None and not 1 <= args.layer <= config.model.depth:
         raise UserError(f"--layer: expected 1 to {config.model.depth}, got {args.layer}")

@@ -10,7 +10,12 @@ from typing import Any
 
 from megad2v.checkpoint.catalog import damage, run_of, step_directory, steps_present
 from megad2v.checkpoint.layout import INDEX, KINDS, Index
+from megad2v.config.parts import JOINT, MODALITIES
 from megad2v.errors import UserError
+from megad2v.modalities.build import part_of
+
+OWNERS = ("shared", *MODALITIES)
+"""Whose parameters of a joint model are, in the order that they are told in."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ def describe_checkpoint(directory: Path, *, verify: bool) -> Description:
         "step": index.step,
         "damage": problem,
         "verified": verify,
+        "modality": index.config.get("modality"),
+        "modalities": _modalities(index),
         "layout": index.layout,
         "code": index.code,
         "state": index.state,
@@ -108,6 +115,15 @@ def _kinds(index: Index) -> dict[str, dict[str, int]]:
     return held
 
 
+def _modalities(index: Index) -> dict[str, int]:
+    """Values of a joint model by whose they are; {} for any other."""
+    sizes: dict[str, int] = {}
+    for name, shape in index.shapes.items() if index.config.get("modality") == JOINT else ():
+        owner = part_of(name) or "shared"
+        sizes[owner] = sizes.get(owner, 0) + math.prod(shape)
+    return sizes
+
+
 def _incomplete(index: Index, kinds: dict[str, dict[str, int]]) -> list[str]:
     """Tensors of which not each value is there once: "KIND NAME"."""
     return [
@@ -120,8 +136,10 @@ def _incomplete(index: Index, kinds: dict[str, dict[str, int]]) -> list[str]:
 
 def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
     state = "valid" if facts["verified"] else "whole (not verified)"
+    whose = ", ".join(f"{name} {facts['modalities'][name]:,}" for name in OWNERS if name in facts["modalities"])
     lines = [
         f"{facts['directory']}: step {facts['step']:,}, {facts['damage'] or state}",
+        f"model {facts['modality']}" + (f": {whose} values" if whose else ""),
         f"written by {', '.join(f'{key} {value}' for key, value in facts['layout'].items())}; any layout reads it",
         f"code {', '.join(f'{key} {value}' for key, value in facts['code'].items())}",
         f"{facts['files']} files, {_size(facts['bytes'])}: "

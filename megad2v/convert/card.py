@@ -11,12 +11,17 @@ from types import ModuleType
 from typing import Any
 
 from megad2v.checkpoint.reader import Checkpoint
+from megad2v.config.parts import JOINT, modalities
 from megad2v.config.schema import Config
+from megad2v.convert.load import run_config
 from megad2v.convert.provenance import data_counts, recipe_of
 
 SECTIONS = ("mask", "targets", "loss", "teacher", "optimizer", "schedule")
 """What describes the model and its training, beside `model` and what the modality adds (its CARD_SECTIONS). The others
 hold paths of the machine it ran on."""
+
+JOINT_SECTIONS = ("model", "vision", "augment", "speech", "text", "joint", "teacher", "optimizer", "schedule")
+"""The same of a joint run, by which its recipe is known."""
 
 WEIGHTS_TEXT = {
     "student": "the student, which the optimizer trained (what the released data2vec models hold)",
@@ -37,7 +42,7 @@ tags:
 
 {parameters:,} parameters in float32, pretrained without labels by [data2vec](https://arxiv.org/abs/2202.03555).
 It has no classifier: use its features, or fine-tune it. These weights are {weights}{shared}.
-
+{jointly}
 {usage}
 ## Agreement with the model that was trained
 
@@ -60,6 +65,12 @@ allowed {tolerance:g}), relative {relative_float64:.1e} in float64. Layer by lay
 """
 
 
+_JOINTLY = """
+It was trained jointly with {others}: one encoder, whose attention and MLPs{norms} all modalities share, one modality to
+an update. That is megad2v's own; data2vec's paper trains each modality apart, and its results are not this model's.
+"""
+
+
 def model_card(
     checkpoint: Checkpoint, config: Config, keys: ModuleType, weights: str, parameters: int, parity: Mapping[str, Any]
 ) -> str:
@@ -68,6 +79,8 @@ def model_card(
     tree = dataclasses.asdict(config)
     del tree["text"]["tokenizer"]  # a path, too: what the run used lies beside the card
     sections = {name: tree[name] for name in _sections(keys)}
+    run = run_config(checkpoint)
+    facts = _facts(checkpoint, run, config, keys, parity)
     return _TEMPLATE.format(
         pipeline=keys.PIPELINE,
         tag=keys.model_config(config)["model_type"],
@@ -78,32 +91,46 @@ def model_card(
         parameters=parameters,
         weights=WEIGHTS_TEXT[weights],
         shared=shared,
+        jointly=_jointly(run, config.modality) if run.modality == JOINT else "",
         max_abs=parity["max_abs"],
         relative=parity["relative"],
         relative_float64=parity["relative_float64"],
         tolerance=parity["tolerance"],
-        rows="\n".join(f"| {name} | {value} |" for name, value in _facts(checkpoint, config, keys, parity).items()),
+        rows="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         config=json.dumps(sections, indent=1),
     )
+
+
+def _jointly(run: Config, modality: str) -> str:
+    others = " and ".join(name for name in modalities(run) if name != modality) or "no other modality"
+    return _JOINTLY.format(others=others, norms=" and norms" if run.joint.norms == "shared" else "")
 
 
 def _sections(keys: ModuleType) -> tuple[str, ...]:
     return "model", *keys.CARD_SECTIONS, *SECTIONS
 
 
-def _facts(checkpoint: Checkpoint, config: Config, keys: ModuleType, parity: Mapping[str, Any]) -> dict[str, str]:
+def _facts(
+    checkpoint: Checkpoint, run: Config, config: Config, keys: ModuleType, parity: Mapping[str, Any]
+) -> dict[str, str]:
+    """`run` is of all modalities of a joint run, `config` of this one."""
     index, train = checkpoint.index, config.train
-    sections = _sections(keys)
+    sections, shares = _sections(keys), _shares(run)
     facts = {
-        "recipe": recipe_of(config, sections),
+        "recipe": recipe_of(run, JOINT_SECTIONS if run.modality == JOINT else sections),
         "data": data_counts(config),
-        "updates": f"{index.step:,} of {train.steps:,}",
+        "updates": f"{index.step:,} of {train.steps:,}" + (", of all modalities together" if shares else ""),
+        "of them": _turns(index.state, shares),
         "micro-batches per update": f"{train.micro_batches_per_step}, each {_budget(config)}",
         "objective": f"{config.targets.tensor} outputs of the teacher's last {config.targets.layers} blocks",
         "seed": str(train.seed),
     }
     facts = {name: value for name, value in facts.items() if value}
-    training, validation = last_metrics(checkpoint.directory.parent.parent / "metrics.jsonl", index.step)
+    metrics = checkpoint.directory.parent.parent / "metrics.jsonl"
+    training, validation = last_metrics(metrics, index.step, config.modality)
+    if shares:
+        training.pop("samples", None)  # of all modalities
+        training["epoch"] = training.get(f"epoch_{config.modality}")
     for title, line in (("training", training), ("validation", validation)):
         for key, value in line.items():
             if key in _SHOWN and value is not None:
@@ -112,6 +139,18 @@ def _facts(checkpoint: Checkpoint, config: Config, keys: ModuleType, parity: Map
     facts["layout"] = _listed(index.layout)
     facts["exported with"] = _listed(parity["versions"])
     return facts
+
+
+def _shares(run: Config) -> str:
+    """Of a joint run, how many updates are of which modality; else ""."""
+    weights = {name: getattr(run.joint, name).weight for name in modalities(run)} if run.modality == JOINT else {}
+    return ", ".join(f"{weight / sum(weights.values()):.1%} {name}" for name, weight in weights.items())
+
+
+def _turns(state: Mapping[str, Any], shares: str) -> str:
+    """How many updates were of which modality, as counted; of runs without that count what the weights say."""
+    counted = state.get("progress", {}).get("modality_updates", {}) if shares else {}
+    return ", ".join(f"{count:,} {name}" for name, count in counted.items()) or shares
 
 
 _SHOWN = {
@@ -126,14 +165,18 @@ _SHOWN = {
 }
 
 
-def last_metrics(path: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last training and the last validation line of a metrics.jsonl up to `step`; {} where there is none."""
+def last_metrics(path: Path, step: int, modality: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last training and the last validation line of `modality` in a metrics.jsonl up to `step`; {} where there is
+    none."""
     training: dict[str, Any] = {}
     validation: dict[str, Any] = {}
     with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
         for text in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave half a line
+            # A killed run may leave half a line.
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                 line = json.loads(text)
+                if line.get("modality", modality) != modality:
+                    continue
                 if line["step"] <= step and "loss" in line:
                     training = line
                 if line["step"] <= step and "valid_loss" in line:

@@ -56,15 +56,20 @@ class Data2VecEncoder(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | os.PathLike[str], weights: Weights = "student", *, max_seconds: float | None = None
+        cls,
+        path: str | os.PathLike[str],
+        weights: Weights = "student",
+        *,
+        modality: str | None = None,
+        max_seconds: float | None = None,
     ) -> Data2VecEncoder:
         """Of a run's directory (its newest valid checkpoint) or of one checkpoints/step_XXXXXXXX.
 
         `weights`: "student", which the optimizer trained, or "teacher", its moving average (with the student's front
-        end where the run shares that). `max_seconds`: of speech, how much of a recording is encoded; training's
-        longest crop by default. Raises UserError.
+        end where the run shares that). `modality`: of a joint run, which one. `max_seconds`: of speech, how much of a
+        recording is encoded; training's longest crop by default. Raises UserError.
         """
-        checkpoint = open_checkpoint(Path(path))
+        checkpoint = open_checkpoint(Path(path), modality)
         config = checkpoint_config(checkpoint)
         if max_seconds is not None:
             if config.modality != "speech" or not max_seconds >= config.speech.min_seconds:

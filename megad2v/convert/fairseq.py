@@ -26,7 +26,14 @@ from megad2v.convert.fairseq_run import run_fairseq
 from megad2v.convert.foreign import differing, parameter_shapes
 from megad2v.convert.hf import CERTIFICATE, check_output, written_aside
 from megad2v.convert.incoming import BEIT_EPS, FAIRSEQ, INCEPTION, Incoming, read_beit, read_fairseq
-from megad2v.convert.load import Weights, checkpoint_config, load_encoder, load_tokenizer, open_encoder
+from megad2v.convert.load import (
+    Weights,
+    checkpoint_config,
+    load_encoder,
+    load_tokenizer,
+    named_as_in_the_run,
+    open_encoder,
+)
 from megad2v.convert.streamed import stream_weights
 from megad2v.convert.torch_file import write_torch_file
 from megad2v.errors import UserError
@@ -51,7 +58,8 @@ def export_fairseq(
     check_output(output, overwrite=overwrite)
     config = checkpoint_config(checkpoint)
     keys = FAIRSEQ[config.modality]
-    keys.check(config)
+    with named_as_in_the_run(checkpoint):
+        keys.check(config)
     student, teacher = _parameters(checkpoint, config, weights)
     tokenizer = load_tokenizer(checkpoint)
     with written_aside(output) as aside:
@@ -176,7 +184,8 @@ def export_beit(
     """As `export_fairseq`, for the program behind the published vision models: what its fine-tuning reads."""
     check_output(output, overwrite=overwrite)
     config = checkpoint_config(checkpoint)
-    check_beit(config)
+    with named_as_in_the_run(checkpoint):
+        check_beit(config)
     student, teacher = _parameters(checkpoint, config, weights)
     depth, layers = config.model.depth, config.targets.layers
     head = {name: value.clone() for name, value in student.items() if name.startswith("head.")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,6 +34,19 @@ def understood(where: str, read: Callable[[], Config]) -> Config:
     except UserError as error:
         raise UserError(f"{where}: describes a model that cannot be ({error})") from None
     return config
+
+
+_KEY_BIASES = (".attention.self.key.bias", ".k_proj.bias")
+"""Ends of other programs' names for the bias of a key."""
+
+
+def with_key_biases(config: Config, state: Mapping[str, Tensor]) -> Config:
+    """`config`, with model.qkv_bias no_key where the keys in `state` have biases, and all of them are zero: what our
+    exports write for models without (joint runs), and what training would have moved."""
+    biases = [value for name, value in state.items() if name.endswith(_KEY_BIASES)]
+    if not biases or any(value.any() for value in biases):
+        return config
+    return replace(config, model=replace(config.model, qkv_bias="no_key"))
 
 
 def parameter_shapes(config: Config, kind: str = "student") -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from megad2v.checkpoint.stream import TensorFile, write_whole
 from megad2v.config.schema import Config
 from megad2v.convert.card import model_card
 from megad2v.convert.certificate import CertificateError, certify, require_transformers
-from megad2v.convert.load import Weights, checkpoint_config, load_tokenizer, open_encoder
+from megad2v.convert.load import Weights, checkpoint_config, load_tokenizer, named_as_in_the_run, open_encoder
 from megad2v.convert.streamed import Source, stream_weights
 from megad2v.convert.tokens import certify_tokenizer
 from megad2v.errors import UserError
@@ -52,7 +52,8 @@ def export(
     require_transformers()
     config = checkpoint_config(checkpoint)
     keys = HUGGING_FACE[config.modality]
-    keys.check(config)
+    with named_as_in_the_run(checkpoint):
+        keys.check(config)
     tokenizer = load_tokenizer(checkpoint)
     processor = keys.processor_files(config, tokenizer)
     student, source = open_encoder(checkpoint, weights)

@@ -17,7 +17,7 @@ from torch import Tensor
 from megad2v.config.load import load_config
 from megad2v.config.schema import Config
 from megad2v.convert.certificate import Theirs, of_transformers, quiet, require_transformers
-from megad2v.convert.foreign import MAY_LACK, fit, parameter_shapes, understood
+from megad2v.convert.foreign import MAY_LACK, fit, parameter_shapes, understood, with_key_biases
 from megad2v.convert.incoming import LARGE, Incoming, find_tokenizer
 from megad2v.convert.torch_file import read_torch_file, tensors_of
 from megad2v.errors import UserError
@@ -44,6 +44,7 @@ def read_hugging_face(folder: Path, tokenizer: Path | None = None) -> Incoming:
     keys = HUGGING_FACE[modality]
     keys.check(config)
     state, left = _without_prefix(_weights(folder), f"data2vec_{settings['model_type'].split('-')[1]}.")
+    config = with_key_biases(config, state)
     mean_pooling = modality == "vision" and settings.get("use_mean_pooling", True)
     student, dropped = fit(
         state,

@@ -22,7 +22,7 @@ from megad2v.config.load import load_config
 from megad2v.config.schema import Config
 from megad2v.convert import plain
 from megad2v.convert.certificate import Theirs
-from megad2v.convert.foreign import Mapped, fit, parameter_shapes, understood
+from megad2v.convert.foreign import Mapped, fit, parameter_shapes, understood, with_key_biases
 from megad2v.convert.torch_file import read_torch_file, tensors_of
 from megad2v.errors import UserError
 from megad2v.modalities.fairseq_cfg import with_training
@@ -172,7 +172,7 @@ def _fairseq_config(
     config = with_training(keys.read(base, model, cfg.get("task") or {}), cfg)
     if modality == "text":
         config = text_fairseq.with_vocabulary(config, state)
-    return replace(config, train=replace(config.train, steps=_updates(file)))
+    return with_key_biases(replace(config, train=replace(config.train, steps=_updates(file))), state)
 
 
 def _add_teacher(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +12,11 @@ from torch import Tensor
 
 from megad2v.checkpoint.catalog import find_checkpoint
 from megad2v.checkpoint.reader import Checkpoint
+from megad2v.checkpoint.view import View
+from megad2v.config.parts import JOINT, joint_key, modalities, of_modality
 from megad2v.config.schema import Config
 from megad2v.config.tree import config_from_dict
+from megad2v.convert.foreign import parameter_shapes
 from megad2v.convert.streamed import Source, load_weights, parameters_on_meta
 from megad2v.data.format import TOKENIZER_FOLDER, read_dataset
 from megad2v.data.shardset import resolve
@@ -25,16 +30,35 @@ WEIGHTS: tuple[Weights, ...] = ("student", "teacher")
 """student: what the optimizer trained, and what the released data2vec files hold. teacher: its moving average."""
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that `path` means (a run, or one of its checkpoints/step_XXXXXXXX), every checksum compared.
+def open_checkpoint(path: Path, modality: str | None = None) -> Checkpoint:
+    """The checkpoint that `path` means (a run, or one of its checkpoints/step_XXXXXXXX), every checksum compared; of a
+    joint run what it holds of `modality`, as if a run of this modality alone had left it.
 
-    Raises UserError where there is none, or it is damaged.
+    Raises UserError where there is none, or it is damaged, or not of `modality`, or of several and none is named.
     """
     directory = find_checkpoint(path)
     checkpoint = Checkpoint(directory)
     if directory == path:  # find_checkpoint has compared them in a run directory
         checkpoint.verify()
-    return checkpoint
+    return _one_modality(checkpoint, modality)
+
+
+def _one_modality(checkpoint: Checkpoint, modality: str | None) -> Checkpoint:
+    config = checkpoint_config(checkpoint)
+    if config.modality != JOINT:
+        if modality not in (None, config.modality):
+            raise UserError(f"--modality {modality}: {checkpoint.directory} is of {config.modality} alone")
+        return checkpoint
+    there = modalities(config)
+    if modality is None:
+        raise UserError(
+            f"{checkpoint.directory}: holds a joint model of {', '.join(there)}; choose one of them with --modality "
+            f"{'|'.join(there)} (in Python modality=)"
+        )
+    if modality not in there:
+        raise UserError(f"--modality {modality}: the joint model in {checkpoint.directory} has {', '.join(there)}")
+    alone = of_modality(config, modality)
+    return View(checkpoint, alone, {name: list(value.shape) for name, value in parameter_shapes(alone).items()})
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> Config:
@@ -45,9 +69,25 @@ def checkpoint_config(checkpoint: Checkpoint) -> Config:
         raise UserError(f"{checkpoint.directory}: its configuration is of another version ({error})") from None
 
 
+def run_config(checkpoint: Checkpoint) -> Config:
+    """The configuration of the whole run, where `checkpoint` is one modality of it."""
+    return checkpoint_config(checkpoint.source if isinstance(checkpoint, View) else checkpoint)
+
+
+@contextmanager
+def named_as_in_the_run(checkpoint: Checkpoint) -> Iterator[None]:
+    """Errors about the configuration of one modality name the keys that a joint run has for them."""
+    try:
+        yield
+    except UserError as error:
+        run = run_config(checkpoint)
+        raise UserError(joint_key(run, checkpoint_config(checkpoint).modality, str(error))) from None
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer that a text checkpoint carries; None where it carries none. Raises UserError for a damaged one."""
-    if f"{TOKENIZER_FOLDER}/{ABOUT_FILE}" not in checkpoint.extras:
+    """The tokenizer that a text checkpoint carries; None where it carries none, and for another modality of a joint
+    run. Raises UserError for a damaged one."""
+    if checkpoint.index.config["modality"] != "text" or f"{TOKENIZER_FOLDER}/{ABOUT_FILE}" not in checkpoint.extras:
         return None
     where = f"{checkpoint.directory}/{TOKENIZER_FOLDER}"
     return Tokenizer.of_files(lambda name: checkpoint.extra(f"{TOKENIZER_FOLDER}/{name}"), where)

@@ -42,10 +42,18 @@ def recipe_of(config: Config, sections: Sequence[str]) -> str:
 def _leaves(config: Config, sections: Sequence[str]) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     leaves = {f"train.{key}": tree["train"][key] for key in TRAIN_KEYS}
-    leaves |= {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
-    budget = tree["data"]["micro_batch"]
-    leaves |= {f"data.micro_batch.{key}": value for key, value in budget.items()}
+    for section in sections:
+        leaves |= _flat(tree[section], section)
+    leaves |= _flat(tree["data"]["micro_batch"], "data.micro_batch")
     return {key: value for key, value in leaves.items() if key not in OF_THE_MACHINE}
+
+
+def _flat(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values by their whole keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{where}.{key}") if isinstance(value, dict) else {f"{where}.{key}": value}
+    return found
 
 
 def data_counts(config: Config) -> str:

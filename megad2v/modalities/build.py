@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import re
+from collections.abc import Callable, Collection, Container
+from contextlib import suppress
 from types import ModuleType
 
 import torch
@@ -211,3 +213,24 @@ def joint_name(modality: str, name: str, known: Container[str]) -> str:
         if candidate in known:
             return candidate
     raise KeyError(name)
+
+
+def names_in(saved: Collection[str], then: str, ours: Collection[str], now: str) -> dict[str, str]:
+    """Parameters that both of two models have, each of a modality or joint: their names in one of `now`, among `ours`,
+    to those in one of `then`, among `saved`."""
+    if (then == JOINT) == (now == JOINT):
+        return {name: name for name in ours if name in saved}
+    found = {}
+    for name in ours if then == JOINT else saved:
+        with suppress(KeyError):
+            if then == JOINT:
+                found[name] = joint_name(now, name, saved)
+            else:
+                found[joint_name(then, name, ours)] = name
+    return {name: found[name] for name in ours if name in found}
+
+
+def part_of(name: str) -> str | None:
+    """The modality whose own the parameter `name` of a joint model is; None: it is everybody's."""
+    match = re.search(r"(?:^|\.)parts\.(\w+)\.", name)
+    return match[1] if match else None

@@ -55,11 +55,12 @@ from megad2v.modalities.text.export import check_exportable
 from megad2v.modalities.text.tokenizer import ABOUT_FILE
 from megad2v.parallel.layers import layers_for
 from megad2v.teacher.ema import ShardedTeacher
+from megad2v.training.initial import initialise_from, initialised
 from megad2v.training.loop import Run
 from megad2v.training.records import BAD_STEPS, QUARANTINE, RunRecords
 from megad2v.training.schedules import schedule_remarks
 from megad2v.training.signals import StopRequests
-from megad2v.training.state import check_resumable, initialise_from, load, objective_changes, other_tokenizer
+from megad2v.training.state import check_resumable, load, objective_changes
 
 T = TypeVar("T")
 ORPHANS_S = 7.0
@@ -379,15 +380,6 @@ def _restore(run: Run, resumed: Checkpoint | None, source: Checkpoint | None) ->
             for line in objective_changes(resumed, run.config):
                 print(line, flush=True)
     elif source is not None:
-        teacher_from = run.config.train.init_teacher
-        result = initialise_from(source, run.engine, run.teacher, teacher_from=teacher_from)
+        result = initialise_from(source, run.config, run.engine, run.teacher, run.config.train.init_teacher)
         if say:
-            print(f"weights from {source.directory}: {len(result['matched'])} parameters matched", flush=True)
-            planned = source.index.config["train"]["steps"]
-            if source.index.step < planned:
-                print(f"  that run has not ended: step {source.index.step:,} of {planned:,}", flush=True)
-            if other_tokenizer(source, run.extras):
-                print("  text.tokenizer: not that run's: the rows of its table stood for other pieces", flush=True)
-            for kind in ("missing", "unused"):
-                if result[kind]:
-                    print(f"  {kind}: {', '.join(result[kind])}", flush=True)
+            print("\n  ".join(initialised(source, run.config, result, run.extras)), flush=True)

@@ -152,40 +152,6 @@ def load(checkpoint: Checkpoint, engine: TrainingEngine, teacher: ShardedTeacher
     return Progress.restored(checkpoint.index.state["progress"], checkpoint.index.config["modality"])
 
 
-@torch.no_grad()
-def initialise_from(
-    checkpoint: Checkpoint, engine: TrainingEngine, teacher: ShardedTeacher, *, teacher_from: str = "teacher"
-) -> dict[str, list[str]]:
-    """Start a new schedule from the weights of `checkpoint`: student and teacher where names and shapes match.
-    `teacher_from` "student" makes the teacher a copy of that student.
-
-    Returns the names that were `matched`, `missing` from the checkpoint (they keep their fresh values; a missing
-    teacher tensor starts as the student's) and `unused`. Collective, as `load`.
-    """
-    ours = {name: list(shape) for name, shape in shapes(engine.student).items()}
-    saved = checkpoint.index.shapes
-    matched = {name for name, shape in ours.items() if saved.get(name) == shape}
-    averaged = set(checkpoint.names("teacher")) & matched if teacher_from == "teacher" else set()
-
-    def read() -> None:
-        for fragment in engine.state.fragments:
-            if fragment.name in matched:
-                fragment.master.copy_(checkpoint.read("student", fragment.name, fragment.start, fragment.length))
-        for fragment, average in zip(teacher.fragments, teacher.averages, strict=True):
-            kind = "teacher" if fragment.name in averaged else "student"
-            if fragment.name in matched:
-                average.copy_(checkpoint.read(kind, fragment.name, fragment.start, fragment.length))
-
-    together(read, errors=READ_ERRORS, raises=UserError)
-    engine.state.publish()
-    teacher.refresh()
-    return {
-        "matched": sorted(matched),
-        "missing": sorted(set(ours) - matched),
-        "unused": sorted(set(saved) - matched),
-    }
-
-
 READ_ERRORS = (UserError, OSError, SafetensorError)
 """What reading a checkpoint can raise on one rank alone."""
 
