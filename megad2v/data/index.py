@@ -1,9 +1,9 @@
 """An index of a shard: where in the tar each sample of a modality lies, so that any sample is one `pread` away.
 
-Stored beside the tars as `index/<tar name without .tar>.<modality>.npy`, one file, so that one rename replaces all of it and ranks
-that build the same index at the same time cannot mix: a stamp as `numpy.load` reads it, then lengths, records and key
-bytes, as many as the stamp says. Opening a data set reads stamps alone, planning reads lengths alone; records and keys
-are mapped when a sample of theirs is wanted. An index that does not fit its tar is built again. Where the folder of the
+Stored beside the tars as `index/<tar>.<modality>.npy`, one file, so that one rename replaces all of it and ranks that
+build the same index at the same time cannot mix: a stamp as `numpy.load` reads it, then lengths, records and key bytes,
+as many as the stamp says. Opening a data set reads stamps alone, planning reads lengths alone; records and keys are
+mapped when a sample of theirs is wanted. An index that does not fit its tar is built again. Where the folder of the
 tars cannot be written indexes go to the user's cache, and where that cannot be written either they stay in memory.
 """
 

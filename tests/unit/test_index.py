@@ -125,7 +125,8 @@ def test_what_follows_an_end_is_noticed(tmp_path: Path) -> None:
     first, second = (write_tar(tmp_path / f"{name}.tar", members(name, 3)) for name in "ab")
     both = tmp_path / "both.tar"
     both.write_bytes(first.read_bytes() + second.read_bytes())
-    with pytest.raises(UserError, match=rf"both\.tar: ends at byte \d+, .* at byte {first.stat().st_size}, .*tar --conc"):
+    size = first.stat().st_size
+    with pytest.raises(UserError, match=rf"both\.tar: ends at byte \d+, .* at byte {size}, .*tar --concatenate"):
         build(both, "vision")
     with tarfile.open(first) as tar:
         lost = tar.getmembers()[2].offset
