@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from megad2v.data.parcel import Parcel
+from megad2v.data.parcel import Parcel, Shelf
 from megad2v.data.shardset import Readable
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
@@ -51,6 +51,8 @@ class MicroBatches(Dataset["Batch | Parcel | Refusal"]):
         self._rows = rows
         self.board: torch.Tensor | None = None
         """(workers, 2) int64 in shared memory, or None without workers."""
+        self.shelf: Shelf | None = None
+        """What large batches travel in, or None without workers."""
 
     def __getitem__(self, number: int) -> Batch | Parcel | Refusal:
         worker = get_worker_info()
@@ -79,7 +81,7 @@ class MicroBatches(Dataset["Batch | Parcel | Refusal"]):
         batch = self._transform.collate(samples, sample_ids, labels, dropped)
         if note is not None:
             note[SAMPLE] = -1
-        return batch if worker is None else Parcel.of(batch)
+        return batch if worker is None or self.shelf is None else Parcel.of(batch, self.shelf, worker.id)
 
 
 class Stream(Iterator[Batch]):
@@ -92,7 +94,10 @@ class Stream(Iterator[Batch]):
         self._shards = batches.shards
         self._board = torch.full((max(1, workers), 2), -1, dtype=torch.int64).share_memory_()
         self._closing = torch.zeros(1, dtype=torch.int64).share_memory_()
-        batches.board = self._board if workers else None
+        ahead = max(2, -(-PREPARED_STEPS * per_step // workers)) if workers else None
+        # Beyond what is prepared: what is being made, and the step that the trainer has while it asks for the next.
+        self._shelf = Shelf(workers, ahead + -(-per_step // workers) + 2) if ahead is not None else None
+        batches.board, batches.shelf = self._board if workers else None, self._shelf
         loader = DataLoader(
             batches,
             batch_size=None,
@@ -101,7 +106,7 @@ class Stream(Iterator[Batch]):
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
-            prefetch_factor=max(2, -(-PREPARED_STEPS * per_step // workers)) if workers else None,
+            prefetch_factor=ahead,
             worker_init_fn=_WorkerStart(self._board, self._closing) if workers else None,
         )
         # Also at the interpreter's exit: workers ignore SIGTERM until they are told that it is meant.
