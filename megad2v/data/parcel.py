@@ -56,7 +56,7 @@ class Shelf:
         refers to what is returned."""
         if memory is not None:
             self._memory[worker, number] = memory
-        array = self._memory[worker, number].numpy()[:]
+        array = self._memory[worker, number].numpy()  # a new one each time
         weakref.finalize(array, self._release, os.getpid(), worker, number).atexit = False
         return torch.from_numpy(array)  # its storage refers to the array
 

@@ -359,6 +359,12 @@ def test_pieces_are_used_again_when_nobody_refers_to_them(
     grown = sent(large)
     assert grown.piece == (shelf.name, 0, 0) and grown.content is not None, "too small for this one"
     assert grown.open().inputs.equal(large.inputs) and kept.inputs.equal(large.inputs)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # which needs a GPU
+    pinned = sent(first)
+    assert pinned.piece == (shelf.name, 0, 0)
+    pinned = pinned.pin_memory()
+    assert sent(second).piece == (shelf.name, 0, 0), "free as soon as it is copied"
+    assert pinned.piece is None and pinned.open().inputs.equal(first.inputs)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
