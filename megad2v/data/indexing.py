@@ -112,6 +112,8 @@ class Survey:
         if unused:
             lines.append("not used: " + ", ".join(unused[:NAMED]))
         lines += [f"indexes are in {place}: index/ cannot be written there" for place in sorted(self.places)]
+        # The first one is the problem; who has to copy tars again wants to know which, at once.
+        lines += [f"not usable either: {error}" for error in self.errors[1 : NAMED + 1]]
         lines += [f"warning: {warning}" for warning in self.warnings[:NAMED]]
         if len(self.warnings) > NAMED:
             lines.append(f"warning: and {len(self.warnings) - NAMED} more such tars")
