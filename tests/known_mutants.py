@@ -426,6 +426,20 @@ MUTANTS = (
         "tests/unit/test_loader.py::test_parcel_holds_the_batch",
     ),
     Mutant(
+        "parcel: memory is used again while the trainer has it",
+        "megad2v/data/parcel.py",
+        "self._in_use[worker, number] = 1",
+        "self._in_use[worker, number] = 0",
+        "tests/unit/test_loader.py::test_batches_that_are_kept_stay_as_they_are",
+    ),
+    Mutant(
+        "tar: what follows the end is not looked at",
+        "megad2v/data/archive.py",
+        "_first_content(file, end)",
+        "_first_content(file, end + 2**40)",
+        "tests/unit/test_index.py::test_what_follows_an_end_is_noticed",
+    ),
+    Mutant(
         "trace: ranks that are gone keep what is taken again",
         "megad2v/training/records.py",
         "if int(other.stem[4:]) >= world.size",

@@ -5,7 +5,7 @@ what is left of it goes on as a sentence of its own. (fairseq makes such a sente
 and drops blocks of one token; ours come once an epoch like any other token.)
 
 Which tokens are a block is worked out once for each shard, by reading it, and kept beside its index as
-`index/<tar stem>.text.blocks<max_tokens>.npy` (data/stored.py), in the cache where that cannot be written: 15 bytes a
+`index/<tar>.text.blocks<max_tokens>.npy` (data/stored.py), in the cache where that cannot be written: 15 bytes a
 block. Opening a set reads how many there are; a table is mapped when it is wanted, and as many stay mapped as tars stay
 open.
 """
@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megad2v.data import index, stored
+from megad2v.data.archive import LARGEST_MEMBER
 from megad2v.data.index import ShardIndex, index_path, places, write_beside
 from megad2v.data.order import Int64s
 from megad2v.data.shardset import OPEN_FILES, RawSample, ShardSet, in_own_order, locate, order_fingerprint
@@ -221,7 +222,10 @@ def _cut_documents(descriptor: int, documents: ShardIndex, rows: range, *, room:
     ends: list[Int64s] = []
     total = 0
     for number, row in enumerate(rows):
-        data = os.pread(descriptor, int(records["size"][row]), int(records["offset"][row]))
+        size = int(records["size"][row])
+        if size > LARGEST_MEMBER:
+            continue
+        data = os.pread(descriptor, size, int(records["offset"][row]))
         try:
             tokens = np.frombuffer(data, dtype=data_type(data), offset=data_start(data))
         except BadSample:

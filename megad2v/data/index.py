@@ -1,9 +1,9 @@
 """An index of a shard: where in the tar each sample of a modality lies, so that any sample is one `pread` away.
 
-Stored beside the tars as `index/<tar stem>.<modality>.npy`, one file, so that one rename replaces all of it and ranks
-that build the same index at the same time cannot mix: a stamp as `numpy.load` reads it, then lengths, records and key
-bytes, as many as the stamp says. Opening a data set reads stamps alone, planning reads lengths alone; records and keys
-are mapped when a sample of theirs is wanted. An index that does not fit its tar is built again. Where the folder of the
+Stored beside the tars as `index/<tar>.<modality>.npy`, one file, so that one rename replaces all of it and ranks that
+build the same index at the same time cannot mix: a stamp as `numpy.load` reads it, then lengths, records and key bytes,
+as many as the stamp says. Opening a data set reads stamps alone, planning reads lengths alone; records and keys are
+mapped when a sample of theirs is wanted. An index that does not fit its tar is built again. Where the folder of the
 tars cannot be written indexes go to the user's cache, and where that cannot be written either they stay in memory.
 """
 
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megad2v.data.archive import BLOCK, NO_LABEL, UNREADABLE_LABEL, Contents, Parts, contents
+from megad2v.data.archive import BLOCK, LARGEST_MEMBER, NO_LABEL, UNREADABLE_LABEL, Contents, Parts, contents
 from megad2v.data.format import INDEX_FOLDER, KINDS, MODALITY_KINDS
 from megad2v.errors import UserError
 from megad2v.modalities.speech import decode as speech
@@ -180,12 +180,17 @@ def probe(descriptor: int, records: npt.NDArray[np.void]) -> int:
 
 def index_path(tar: Path, modality: str) -> Path:
     """Where the index of a tar is kept."""
-    return tar.parent / INDEX_FOLDER / f"{tar.stem}.{modality}.npy"
+    return tar.parent / INDEX_FOLDER / _file_name(tar, modality)
 
 
 def cached_path(tar: Path, modality: str) -> Path:
     """Where it is kept if that folder cannot be written."""
-    return _cache_of(tar.parent) / f"{tar.stem}.{modality}.npy"
+    return _cache_of(tar.parent) / _file_name(tar, modality)
+
+
+def _file_name(tar: Path, modality: str) -> str:
+    # Not the stem: `data.000` and `data.001` would share one, and each make the other's index useless.
+    return f"{tar.name.removesuffix('.tar')}.{modality}.npy"
 
 
 @lru_cache(maxsize=64)
@@ -387,7 +392,7 @@ def _assembled(found: Contents, modality: str, descriptor: int, stat: os.stat_re
 def _length(modality: str, descriptor: int, offset: int, size: int) -> int:
     head, measure = MEASURES[modality]
     length = measure(os.pread(descriptor, min(size, head), offset), size)
-    if length == 0 and modality in WHOLE:
+    if length == 0 and modality in WHOLE and size <= LARGEST_MEMBER:
         return WHOLE[modality](os.pread(descriptor, size, offset))
     return length
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from megad2v.data.format import KINDS, LABEL_EXTENSION, MODALITY_KINDS
 from megad2v.data.index import CACHE_VARIABLE, ShardIndex, build_all, index_path, keep, stored_index
 from megad2v.data.shardset import resolve
+from megad2v.data.team import start_worker
 from megad2v.errors import UserError
 
 UNITS = {"vision": (1, "pixels"), "speech": (16_000, "seconds"), "text": (1, "tokens")}
@@ -111,6 +112,8 @@ class Survey:
         if unused:
             lines.append("not used: " + ", ".join(unused[:NAMED]))
         lines += [f"indexes are in {place}: index/ cannot be written there" for place in sorted(self.places)]
+        # The first one is the problem; who has to copy tars again wants to know which, at once.
+        lines += [f"not usable either: {error}" for error in self.errors[1 : NAMED + 1]]
         lines += [f"warning: {warning}" for warning in self.warnings[:NAMED]]
         if len(self.warnings) > NAMED:
             lines.append(f"warning: and {len(self.warnings) - NAMED} more such tars")
@@ -159,7 +162,7 @@ def _each(look: partial[Looked], paths: list[Path], workers: int) -> Iterator[Lo
     if workers == 0:
         yield from map(look, paths)
         return
-    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),))
     try:
         yield from pool.map(look, paths)
     except BrokenProcessPool as error:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from megad2v.data.archive import LARGEST_MEMBER
 from megad2v.data.format import KINDS, MODALITY_KINDS, WORKING_FOLDER, read_dataset
 from megad2v.data.index import (
     ShardIndex,
@@ -33,6 +34,7 @@ from megad2v.data.index import (
     unknown_extensions,
 )
 from megad2v.errors import UserError
+from megad2v.modalities.sample import BadSample
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +154,8 @@ class ShardSet:
         return self.index(shard).lengths
 
     def read(self, index: int) -> RawSample:
-        """Sample `index` (0..len-1). Raises UserError when its shard has changed, vanished or cannot be read."""
+        """Sample `index` (0..len-1). Raises UserError when its shard has changed, vanished or cannot be read, BadSample
+        for one that is too large to be read."""
         shard, row = self._locate(index)
         self._descriptor(shard)  # says that a shard has changed before its index is read
         entry = self.index(shard).entry(row)
@@ -163,8 +166,12 @@ class ShardSet:
     def read_bytes(self, shard: int, offset: int, size: int, sample_id: str) -> bytes:
         """Bytes of the tar `paths[shard]`, which belong to that sample. Raises UserError as `read`."""
         descriptor, path = self._descriptor(shard), self.paths[shard]
+        if size > LARGEST_MEMBER:
+            raise BadSample(f"{size} bytes are more than the {LARGEST_MEMBER} allowed")
         try:
             data = os.pread(descriptor, size, offset)
+            while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+                data += more  # some network file systems give less than is there
         except OSError as error:
             raise _unreadable(path, error) from error
         if len(data) != size:

@@ -66,7 +66,7 @@ class Pool(Team):
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._pool = ProcessPoolExecutor(size, initializer=_start, initargs=(os.getpid(),))
+        self._pool = ProcessPoolExecutor(size, initializer=start_worker, initargs=(os.getpid(),))
 
     def submit(self, function: Callable[..., Any], *arguments: Any, place: int | None = None) -> Future[Any]:
         return self._pool.submit(function, *arguments)
@@ -83,9 +83,10 @@ def local_team(workers: int) -> Team:
     return Pool(workers) if workers else Team()
 
 
-def _start(parent: int) -> None:
-    """Ctrl-C reaches the whole group; the main process ends the others without a traceback from each. Should it be
-    killed, nobody would end them: they would wait for ever, and hold the output's lock."""
+def start_worker(parent: int) -> None:
+    """Runs first in every process of a pool. Ctrl-C reaches the whole group; the main process ends the others without
+    a traceback from each. Should it be killed, nobody would end them: they would wait for ever, and hold the output's
+    lock."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:

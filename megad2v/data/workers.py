@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megad2v.data.mix import MixedSamples
-from megad2v.data.parcel import Parcel
+from megad2v.data.parcel import Parcel, Shelf
 from megad2v.data.shardset import Readable
 from megad2v.data.turns import Turns
 from megad2v.errors import UserError
@@ -55,6 +55,8 @@ class MicroBatches(Dataset["Batch | Parcel | Refusal"]):
         """(workers, 2) int64 in shared memory, or None without workers."""
         self.first = 0
         """Number of the first sample on the board, where others share it."""
+        self.shelf: Shelf | None = None
+        """What large batches travel in, or None without workers."""
 
     def __getitem__(self, number: int) -> Batch | Parcel | Refusal:
         worker = get_worker_info()
@@ -83,7 +85,7 @@ class MicroBatches(Dataset["Batch | Parcel | Refusal"]):
         batch = self._transform.collate(samples, sample_ids, labels, dropped)
         if note is not None:
             note[SAMPLE] = -1
-        return batch if worker is None else Parcel.of(batch)
+        return batch if worker is None or self.shelf is None else Parcel.of(batch, self.shelf, worker.id)
 
 
 class JointMicroBatches(Dataset["Batch | Parcel | Refusal"]):
@@ -100,12 +102,14 @@ class JointMicroBatches(Dataset["Batch | Parcel | Refusal"]):
         self._micro_batches = micro_batches
         self.board: torch.Tensor | None = None
         """As MicroBatches.board."""
+        self.shelf: Shelf | None = None
+        """As MicroBatches.shelf."""
 
     def __getitem__(self, number: int) -> Batch | Parcel | Refusal:
         step, m = divmod(number, self._micro_batches)
         modality, own = self._turns.at(step)
         part = self._parts[modality]
-        part.board = self.board
+        part.board, part.shelf = self.board, self.shelf
         return part[own * self._micro_batches + m]
 
 
@@ -121,7 +125,10 @@ class Stream(Iterator[Batch]):
         self._shards = batches.shards
         self._board = torch.full((max(1, workers), 2), -1, dtype=torch.int64).share_memory_()
         self._closing = torch.zeros(1, dtype=torch.int64).share_memory_()
-        batches.board = self._board if workers else None
+        ahead = max(2, -(-PREPARED_STEPS * per_step // workers)) if workers else None
+        # Beyond what is prepared: what is being made, and the step that the trainer has while it asks for the next.
+        self._shelf = Shelf(workers, ahead + -(-per_step // workers) + 2) if ahead is not None else None
+        batches.board, batches.shelf = self._board if workers else None, self._shelf
         loader = DataLoader(
             batches,
             batch_size=None,
@@ -130,7 +137,7 @@ class Stream(Iterator[Batch]):
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
-            prefetch_factor=max(2, -(-PREPARED_STEPS * per_step // workers)) if workers else None,
+            prefetch_factor=ahead,
             worker_init_fn=_WorkerStart(self._board, self._closing) if workers else None,
         )
         # Also at the interpreter's exit: workers ignore SIGTERM until they are told that it is meant.

@@ -344,7 +344,7 @@ def _remove_old(out: Path, prefix: str) -> None:
         shutil.rmtree(out / TOKENIZER_FOLDER, ignore_errors=True)
     for path in [*out.glob(f"{prefix}-*.tar"), *(out / name for name in names)]:
         path.unlink(missing_ok=True)
-        for index in (out / INDEX_FOLDER).glob(f"{path.stem}.*.npy"):
+        for index in (out / INDEX_FOLDER).glob(f"{path.name.removesuffix('.tar')}.*.npy"):
             index.unlink()
     # Last: should this be interrupted, it still says what there is to remove.
     (out / DATASET_FILE).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import io
 import os
 import pickle  # noqa: TID251 - to show that nobody reads it
 import struct
+import tarfile
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from megad2v.modalities.sample import BadSample
 from megad2v.modalities.text.decode import read_tokens, write_tokens
 from tests.unit.data_helpers import config, encoded, jpeg, picture, write_tar
 from tests.unit.speech_helpers import flac, speech_config, tone
+from tests.unit.text_helpers import text_config
 
 MEBIBYTE = 2**20
 
@@ -132,6 +134,23 @@ def test_recordings(tmp_path: Path) -> None:
     assert set(reasons) == {"hours", "image", "cut"}
     assert "576000000 samples x 1 channels are more than" in reasons["hours"]
     assert all("\n" not in reason and len(reason) < 250 for reason in reasons.values())
+
+
+@pytest.mark.parametrize("modality,kind", [("vision", "jpg"), ("speech", "wav"), ("text", "tokens.npy")])
+def test_members_of_gigabytes(modality: str, kind: str, tmp_path: Path) -> None:
+    """More than one read gives, and than memory should hold for what a decoder would refuse; a hole on the disk."""
+    sound = {"vision": jpeg(0), "speech": flac(tone(3000, 0)), "text": write_tokens(np.arange(4, 9, dtype=np.uint16))}
+    tar, hole = tmp_path / "x.tar", 3 * 2**30
+    with tar.open("wb") as file:
+        for name, data in ((f"large.{kind}", b""), ("sound." + kind.replace("wav", "flac"), sound[modality])):
+            info = tarfile.TarInfo(name)
+            info.size = len(data) or hole
+            file.write(info.tobuf() + data)
+            file.seek(-len(data) % 512 + (0 if data else hole), os.SEEK_CUR)
+        file.truncate(file.tell() + 1024)
+    settings = {"vision": config, "speech": speech_config, "text": text_config}[modality](tar)
+    reasons = first_step(settings, good=1)
+    assert [*reasons.values()] == [f"{hole} bytes are more than the {2**30} allowed"]
 
 
 def test_texts(tmp_path: Path) -> None:

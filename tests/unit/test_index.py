@@ -120,6 +120,55 @@ def test_damaged_header_and_compressed_tar(tmp_path: Path) -> None:
         load_or_build(tmp_path / "missing.tar", "vision")
 
 
+def test_what_follows_an_end_is_noticed(tmp_path: Path) -> None:
+    """Both read as short tars otherwise: tars laid behind each other, and one in which a disk lost a piece."""
+    first, second = (write_tar(tmp_path / f"{name}.tar", members(name, 3)) for name in "ab")
+    both = tmp_path / "both.tar"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    size = first.stat().st_size
+    with pytest.raises(UserError, match=rf"both\.tar: ends at byte \d+, .* at byte {size}, .*tar --concatenate"):
+        build(both, "vision")
+    with tarfile.open(first) as tar:
+        lost = tar.getmembers()[2].offset
+    whole = first.read_bytes()
+    first.write_bytes(whole[:lost] + bytes(512) + whole[lost + 512 :])
+    with pytest.raises(UserError, match=rf"a\.tar: ends at byte {lost}, and there is more at byte {lost + 512}"):
+        build(first, "vision")
+    first.write_bytes(whole + bytes(3 * 2**20))
+    assert len(build(first, "vision")) == 3, "zeros are padding"
+
+
+@pytest.mark.timeout(20)
+def test_sizes_that_cannot_be(tmp_path: Path) -> None:
+    """tarfile goes round in circles for a negative size, and reads as long a name as a header states."""
+    plain, negative = tarfile.TarInfo("a.jpg"), tarfile.TarInfo("b.jpg")
+    negative.size = -1024
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 2**40
+    records = b"14 size=-1024\n"
+    pax = tarfile.TarInfo("x")
+    pax.type, pax.size = tarfile.XHDTYPE, len(records)
+    pax_header = pax.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0")
+    tar = tmp_path / "x.tar"
+    for broken in (
+        negative.tobuf(tarfile.GNU_FORMAT),
+        name.tobuf(tarfile.GNU_FORMAT),
+        pax_header + plain.tobuf(tarfile.USTAR_FORMAT),
+    ):
+        for before in (b"", plain.tobuf(tarfile.USTAR_FORMAT)):
+            tar.write_bytes(before + broken + bytes(1024))
+            with pytest.raises(UserError, match=r"x\.tar: .*copy or make it again"):
+                build(tar, "vision")
+
+
+def test_names_without_tar_have_indexes_of_their_own(tmp_path: Path) -> None:
+    for number in range(2):
+        write_tar(tmp_path / f"shard.{number}", members(str(number), 2 + number))
+    paths = [tmp_path / "shard.0", tmp_path / "shard.1"]
+    assert [len(load_or_build(path, "vision")) for path in paths] == [2, 3]
+    assert all(stored_index(path, "vision") is not None for path in paths)
+
+
 def test_stored_index_is_used_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = write_tar(tmp_path / "x.tar", members("a", 4))
     made = load_or_build(tar, "vision")

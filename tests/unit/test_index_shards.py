@@ -279,6 +279,7 @@ def test_odd_tars_are_named_and_spoil_no_other(tmp_path: Path, capsys: pytest.Ca
     out, err = capsys.readouterr()
     assert "4 tars: 2 indexed now, 0 unchanged" in out and "vision: 4 samples in 2 tars" in out
     assert "not used: 2 .json" in out
+    assert re.search(r"not usable either: .*twice\.tar: 0\.jpg is there twice", out)
     assert re.search(r"warning: .*apart\.tar: the files of 2 keys do not follow each other \(first: 0\)", out)
     assert re.fullmatch(r"index_shards: .*cut\.tar: .* \(and 1 more tars are not usable\)\n", err)
     assert len(theirs(tmp_path / "apart.tar")) == 4, "that is what the warning says of webdataset"

@@ -27,7 +27,7 @@ import torch
 from megad2v.config.schema import Config, MicroBatchConfig, TrainConfig
 from megad2v.data.format import DatasetInfo, ShardInfo, write_dataset
 from megad2v.data.loader import FiniteBatches, TrainingLoader, labelled_batches, validation_batches
-from megad2v.data.parcel import Parcel
+from megad2v.data.parcel import Parcel, Shelf
 from megad2v.data.workers import WorkerDied
 from megad2v.engine.guard import Seen
 from megad2v.errors import UserError
@@ -304,13 +304,18 @@ def test_killed_worker_names_its_recording_or_row(
             next(iter(loader))
 
 
-@pytest.mark.parametrize("inline", [0, 10**9])
-def test_parcel_holds_the_batch(reference: list[list[Batch]], inline: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the pipe, and through shared memory; every tensor, aligned, and it can be written to."""
+@pytest.mark.parametrize("inline,pieces", [(0, 1), (0, 0), (10**9, 1)])
+def test_parcel_holds_the_batch(
+    reference: list[list[Batch]], inline: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the pipe, and through shared memory, of the shelf or not; every tensor, aligned, and it can be written
+    to."""
     monkeypatch.setattr("megad2v.data.parcel.INLINE_BYTES", inline)
     batch = replace(reference[0][0], padding_bt=torch.tensor([[False] * 15 + [True]] * 2))
-    parcel = Parcel.of(batch)
+    shelf = Shelf(1, pieces)
+    parcel = Parcel.of(batch, shelf, 0)
     assert isinstance(parcel.content, torch.Tensor) == (inline == 0)
+    assert (parcel.piece is not None) == (inline == 0 and pieces > 0)
     assert not any(isinstance(getattr(parcel.rest, field.name), torch.Tensor) for field in fields(batch))
     opened = ForkingPickler.loads(ForkingPickler.dumps(parcel)).open()
     for field in fields(batch):
@@ -321,6 +326,63 @@ def test_parcel_holds_the_batch(reference: list[list[Batch]], inline: int, monke
             mine.fill_(1)
         else:
             assert mine == theirs
+
+
+def test_pieces_are_used_again_when_nobody_refers_to_them(
+    reference: list[list[Batch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megad2v.data.parcel.INLINE_BYTES", 0)
+    first, second = reference[0][0], reference[0][1]
+    large = replace(first, inputs=first.inputs.repeat(3, 1, 1, 1))
+    shelf = Shelf(2, 2)
+
+    def sent(batch: Batch, worker: int = 0) -> Parcel:
+        return ForkingPickler.loads(ForkingPickler.dumps(Parcel.of(batch, shelf, worker)))
+
+    parcel = sent(first)
+    assert parcel.piece == (shelf.name, 0, 0) and parcel.content is not None
+    inputs = parcel.open().inputs  # all that is left of the batch
+    assert sent(second, 1).piece == (shelf.name, 1, 0), "each worker has pieces of its own"
+    other = sent(large)
+    assert other.piece == (shelf.name, 0, 1)
+    kept = other.open()
+    thrown_away = sent(second)
+    assert thrown_away.piece is None and thrown_away.open().inputs.equal(second.inputs)
+    assert inputs.equal(first.inputs) and kept.inputs.equal(large.inputs), "nobody wrote there meanwhile"
+    view = inputs[1:, :, 3]
+    del inputs
+    assert sent(second).piece is None, "a view is a reference"
+    del view
+    again = sent(second)
+    assert again.piece == (shelf.name, 0, 0) and again.content is None, "only its number is sent"
+    assert again.open().inputs.equal(second.inputs)
+    grown = sent(large)
+    assert grown.piece == (shelf.name, 0, 0) and grown.content is not None, "too small for this one"
+    assert grown.open().inputs.equal(large.inputs) and kept.inputs.equal(large.inputs)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # which needs a GPU
+    pinned = sent(first)
+    assert pinned.piece == (shelf.name, 0, 0)
+    pinned = pinned.pin_memory()
+    assert sent(second).piece == (shelf.name, 0, 0), "free as soon as it is copied"
+    assert pinned.piece is None and pinned.open().inputs.equal(first.inputs)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_that_are_kept_stay_as_they_are(
+    workers: int, folder: Path, reference: list[list[Batch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than there are pieces, with others in between that are let go of."""
+    monkeypatch.setattr("megad2v.data.parcel.INLINE_BYTES", 0)
+    kept, others = [], []
+    with closing(TrainingLoader(config(folder, workers=workers), rank=0, world=1, start_step=0)) as loader:
+        for number, step in enumerate(islice(loader, STEPS)):
+            if number % 2:
+                others.append(digest([step]))
+            else:
+                kept.append(step)
+    del step
+    assert digest(kept) == digest(reference[::2])
+    assert others == [digest([step]) for step in reference[1::2]]
 
 
 def test_killed_worker_names_its_sample(
