@@ -47,6 +47,11 @@ def of_modality(config: Config, modality: str) -> Config:
     return replace(config, modality=modality, **sections)
 
 
+def loss_weight(config: Config, modality: str) -> float:
+    """The factor on the gradient of this modality's steps; 1 in a run of one modality."""
+    return _part(config, modality).loss_weight if config.modality == JOINT else 1.0
+
+
 def joint_key(config: Config, modality: str, text: str) -> str:
     """A line about keys of `of_modality(config, modality)`, with the names that they have in `config`."""
     if config.modality != JOINT:

@@ -28,8 +28,8 @@ def validate(
     """`valid_loss` per masked position, `valid_retrieval` (fraction of predictions nearest to their own target among
     the micro-batch's masked ones), its chance level, and the spread of predictions and targets.
 
-    Collective: every rank brings the same number of micro-batches; ranks that run out bring rows of weight zero.
-    `guard` compares and watches each forward, as in training; `step` is only for its words.
+    Collective: every rank brings the same number of micro-batches, all of one modality; ranks that run out bring
+    rows of weight zero. `guard` compares and watches each forward, as in training; `step` is only for its words.
     """
     statistics = StepStatistics(width, world.device)
     hits = torch.zeros(3, dtype=torch.int64, device=world.device)  # hits, chance hits, rows
@@ -39,7 +39,9 @@ def validate(
             guard.agree(propose([batch], kind="validation", step=step, updates=0, depth=guard.depth))
         batch = batch.to(world.device)
         with guard.forward(0) if guard is not None else nullcontext():
-            loss_sum, prediction_nd, target_nd = engine.forward(batch.inputs, batch.mask_bmt, batch.padding_bt)
+            loss_sum, prediction_nd, target_nd = engine.forward(
+                batch.inputs, batch.mask_bmt, batch.padding_bt, None, batch.modality
+            )
         statistics.add(loss_sum, prediction_nd, target_nd)
         hits[0] += retrieval_hits(prediction_nd, target_nd)
         hits[1] += int(len(prediction_nd) > 0)

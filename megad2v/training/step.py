@@ -66,6 +66,7 @@ def take_step(
     step: int,
     learning_rate: float,
     decay: float,
+    loss_weight: float = 1.0,
     statistics: StepStatistics | None,
     verdict: Verdict | None = None,
     losses: list[Tensor] | None = None,
@@ -73,10 +74,11 @@ def take_step(
     guard: Guard | None = None,
     before_update: Callable[[], None] | None = None,
 ) -> bool:
-    """Forward and backward of this rank's micro-batches, verdict, update, EMA. False where the step was refused: then
-    neither weights nor moments nor teacher have changed. Collective, the same on every rank.
+    """Forward and backward of this rank's micro-batches (all of one modality), verdict, update, EMA. False where the
+    step was refused: then neither weights nor moments nor teacher have changed. Collective, the same on every rank.
 
-    Without a `verdict` every finite step is taken. `losses` takes in each micro-batch's summed loss, on the device.
+    `loss_weight` is a factor on the gradient alone: losses are judged and logged without it. Without a `verdict` every
+    finite step is taken. `losses` takes in each micro-batch's summed loss, on the device.
     `blocks` of the student run (None: all); `guard` holds the forwards to what all ranks agreed on. `before_update` is
     called when the backwards are done and nothing that a checkpoint holds has changed yet.
     """
@@ -86,9 +88,11 @@ def take_step(
         seed_forward(seed, step, world.data.rank + place * world.data.size)
         batch = batch.to(world.device)
         with guard.forward(place) if guard is not None else nullcontext():
-            loss_sum, prediction_nd, target_nd = engine.forward(batch.inputs, batch.mask_bmt, batch.padding_bt, blocks)
+            loss_sum, prediction_nd, target_nd = engine.forward(
+                batch.inputs, batch.mask_bmt, batch.padding_bt, blocks, batch.modality
+            )
         watch.at("backward")
-        engine.backward(loss_sum, counts.masked)
+        engine.backward(loss_sum * loss_weight, counts.masked)
         losses.append(loss_sum.detach())
         if statistics is not None:
             statistics.add(loss_sum, prediction_nd, target_nd)
