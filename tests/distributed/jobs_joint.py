@@ -139,8 +139,8 @@ class _Training:
 
 def _gathers(world: Any, turns: list[str]) -> list[dict[str, list[int]]]:
     """ZeRO-3, nothing persistent and nothing gathered ahead: number and bytes of the all-gathers that this rank takes
-    part in during a step, one after the other for the modalities in `turns`, in the teacher and in all else.
-    "valid MODALITY" is validation."""
+    part in during a step, one after the other for the modalities in `turns`, in the teacher and in all else; and how
+    many parameters of the two are still gathered behind it. "valid MODALITY" is validation."""
     from megad2v.training.evaluate import validate
     from tests.distributed.jobs_layout import CountCollectives, build
 
@@ -169,8 +169,13 @@ def _gathers(world: Any, turns: list[str]) -> list[dict[str, list[int]]]:
         split = {"teacher": sent.calls[begin:end], "student": sent.calls[:begin] + sent.calls[end:]}
         gathers = {who: [size for name, size in calls if "allgather" in name] for who, calls in split.items()}
         steps.append({who: [len(sizes), sum(sizes)] for who, sizes in gathers.items()})
+        steps[-1]["left"] = [len(_still_gathered(module)) for module in (engine.student, engine.teacher_module)]
     trainer.guard.close()
     return steps
+
+
+def _still_gathered(module: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if parameter.ds_status.name != "NOT_AVAILABLE"]
 
 
 def _other_turn(world: Any) -> dict[str, Any]:
@@ -217,11 +222,11 @@ def astray(arguments: dict[str, Any], output: Path) -> None:
             watch.at("data", step=step)
             trainer.step_on(step, [replace(taken, sample_ids=agreed.sample_ids)], agreed=[agreed])
         except Disagreement as error:
-            gathered = [name for name, _ in sent.calls if "allgather" in name]
             shards = [p.ds_tensor for p in engine.student.parameters()]
             found = {
                 "said": str(error),
-                "gathered": len(gathered),
+                "gathers": sum("allgather" in name for name, _ in sent.calls),
+                "gathered": _still_gathered(engine.student) + _still_gathered(engine.teacher_module),
                 "shards as before": all(map(torch.equal, shards, before)),
             }
             (output / f"found_{world.rank}.json").write_text(json.dumps(found))
