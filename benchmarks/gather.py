@@ -1,4 +1,4 @@
-"""Gather what clothing.sh, digits.sh or books.sh left into one JSON: validation curves and probes of each run."""
+"""Gather what clothing.sh, digits.sh, books.sh or joint.sh left into one JSON: validation curves and probes of each run."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ def main(work: Path, result: Path, command: str, names: Sequence[str]) -> None:
             raise SystemExit(f"gather: {work / name} has no probe: the run failed (see {work / name}.log)")
         metrics = _lines(work / name / "metrics.jsonl")
         keys = ("step", "valid_loss", "valid_retrieval", "valid_retrieval_chance", "valid_target_std", "valid_pred_std")
+        if len({line["modality"] for line in metrics if "modality" in line}) > 1:
+            keys = ("modality", *keys)
         runs[name] = {
             "validation": [{key: line[key] for key in keys} for line in metrics if "valid_loss" in line],
             "last_step": [line for line in metrics if "loss" in line][-1],

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on a machine with two cores and no GPU, for images, speech and text: generated corpus -> shards -> pretraining on
-# two processes under ZeRO-3 with a sharded teacher -> Hugging Face. `make demo` calls it with .venv/bin first in PATH.
+# The whole path on a machine with two cores and no GPU, for images, speech and text, and for all three in one run: generated corpus ->
+# shards -> pretraining on two processes under ZeRO-3 with a sharded teacher -> Hugging Face. `make demo` calls it with .venv/bin first in PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=runs/demo
@@ -49,6 +49,19 @@ demo image vision_tiny "$steps"
 demo speech speech_tiny $(((steps + 1) / 2))
 demo text text_tiny $(((steps + 1) / 2))
 
+joint_steps=$(((steps + 1) / 2))
+say "pretraining: joint_tiny, all three in one run, $joint_steps steps, $ranks processes, ZeRO-3"
+rm -rf "$out/joint"
+deepspeed --num_gpus "$ranks" launch/pretrain.py --deepspeed ds_configs/zero3.json --config joint_tiny \
+  --data.shards "{vision: $out/shards/image/train, speech: $out/shards/speech/train, text: $out/shards/text/train}" \
+  --data.valid "{vision: $out/shards/image/valid, speech: $out/shards/speech/valid, text: $out/shards/text/valid}" \
+  --train.output_dir "$out/joint" --train.steps "$joint_steps" --schedule.warmup_steps $((joint_steps / 5))
+for modality in vision speech text; do
+  say "export of its $modality model to Hugging Face"
+  rm -rf "$out/export/hf/joint-$modality"
+  python tools/convert_checkpoint.py --checkpoint "$out/joint" --modality "$modality" --to hf --output "$out/export/hf/joint-$modality"
+done
+
 say "the demo took $((SECONDS - begin)) s; it left, of image, speech and text,"
 cat <<EOF
   $out/image/metrics.jsonl, tensorboard/   what was learned (tensorboard --logdir $out)
@@ -56,6 +69,8 @@ cat <<EOF
   $out/export/hf/image                     AutoModel.from_pretrained("$out/export/hf/image")
   $out/export/hf/speech                    AutoModel.from_pretrained("$out/export/hf/speech")
   $out/export/hf/text                      AutoModel, AutoTokenizer.from_pretrained("$out/export/hf/text")
+  $out/joint                               all three in one run (docs/joint.md)
+  $out/export/hf/joint-{vision,speech,text}  the models in it, one for each modality
 Next:
   python tools/probe.py --checkpoint $out/image --train $out/shards/image/train --test $out/shards/image/valid
   python tools/make_shards.py image --input YOUR/IMAGES --output YOUR/SHARDS
@@ -64,5 +79,6 @@ Next:
   deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json --config vision_tiny --data.shards YOUR/SHARDS --train.output_dir runs/mine
   deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json --config speech_tiny --data.shards YOUR/SHARDS --train.output_dir runs/mine
   deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json --config text_tiny --data.shards YOUR/SHARDS --train.output_dir runs/mine
+  deepspeed launch/pretrain.py --deepspeed ds_configs/zero3.json --config joint_tiny --data.shards '{vision: A, speech: B, text: C}' --train.output_dir runs/mine
   python launch/pretrain.py --help
 EOF

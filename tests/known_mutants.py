@@ -651,7 +651,7 @@ MUTANTS = (
     Mutant(
         "verdict without the spike",
         "megad2v/training/verdict.py",
-        "_not_finite(values) or self._spike(values)",
+        "_not_finite(values) or self._spike(modality, values)",
         "_not_finite(values)",
         f"{SPOILT}[zero3 fp32 tp1]",
     ),
@@ -660,7 +660,7 @@ MUTANTS = (
         "megad2v/training/verdict.py",
         "            self.bad_in_a_row += 1\n            return False\n",
         "            self.bad_in_a_row += 1\n"
-        "            self._histories['loss'].append(loss)\n            return False\n",
+        "            self._histories['loss'].setdefault(modality, []).append(loss)\n            return False\n",
         f"{SPOILT}[zero1 fp32 tp1]",
     ),
     Mutant(

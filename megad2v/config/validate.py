@@ -62,6 +62,7 @@ def _joint(config: Config) -> list[str]:
             )
     if not names:
         problems.append("joint: no modality takes part; give two or all of vision, speech and text a weight above 0")
+        return problems
     if config.model.deep_norm:
         problems.append("model.deep_norm: is of one modality's post-norm encoder; set it false in a joint run")
     if config.data.mix is not None:

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megad2v.config.parts import JOINT, joint_key, modalities, of_modality
 from megad2v.config.schema import Config
 from megad2v.data.blocks import BlockSet
 from megad2v.data.format import read_dataset
 from megad2v.data.mix import MixedPlan, MixedSamples, whole_weights
 from megad2v.data.plan import Plan, Row, in_order, rank_share, shuffled, training_plan, validation_plan
 from megad2v.data.shardset import Readable, Samples, ShardSet, about_key, pattern_of
-from megad2v.data.workers import MicroBatches, Stream
+from megad2v.data.turns import training_turns
+from megad2v.data.workers import JointMicroBatches, MicroBatches, Stream
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.sample import Mode, Transform
@@ -40,7 +42,8 @@ class TrainingLoader:
 
     `rank` and `world` are data-parallel. Iterating yields list[Batch] of M / world micro-batches in the order of m,
     beginning with step `start_step` (the number of updates already planned for: the whole state). A sample that cannot
-    be decoded is absent from its micro-batch (see Batch.dropped) and nothing else moves.
+    be decoded is absent from its micro-batch (see Batch.dropped) and nothing else moves. In a joint run a step's
+    micro-batches are of one modality: those that a run of it alone has at the step of its own that `turn` says.
     Raises UserError for wrong keys, patterns or shards; `workers.WorkerDied` when a worker is killed or crashes.
     """
 
@@ -51,15 +54,31 @@ class TrainingLoader:
         _check_workers(data.workers)
         self._micro_batches = train.micro_batches_per_step
         self._share = rank_share(self._micro_batches, rank, world)
-        self._shards, plan, self.remarks = _training_samples(config)
+        self._turns = training_turns(config)
+        self._joint = config.modality == JOINT
+        self.remarks: list[str] = []
         """Lines that people should know of: what was left out, how it is batched."""
-        self.epoch_size = plan.epoch_size
-        self._epochs = plan.epochs
+        self._plans: dict[str, Plan] = {}
+        parts: dict[str, MicroBatches] = {}
+        for name in modalities(config):
+            alone = of_modality(config, name)
+            shards, plan, remarks = _training_samples(alone, f"data.shards.{name}" if self._joint else "data.shards")
+            if self._joint:
+                share = self._turns.weights[name] / sum(self._turns.weights.values())
+                self.remarks.append(f"joint: {name} takes {share:.3%} of the updates, {len(shards):,} samples")
+            self.remarks += [joint_key(config, name, remark) for remark in remarks]
+            self._plans[name] = plan
+            parts[name] = MicroBatches(shards, _transform(alone, "train"), plan.numbered)
+        self.epoch_size = sum(plan.epoch_size for plan in self._plans.values())
+        """Samples of an epoch of every data set and modality."""
+        self._batches = (
+            JointMicroBatches(parts, self._turns, self._micro_batches) if self._joint else parts[config.modality]
+        )
+        self._shards = self._batches.shards
         self.fingerprint = self._shards.fingerprint
         """Hash of what the order depends on; a resumed run with another one sees another order."""
         self._start_step = start_step
         self._workers = data.workers
-        self._batches = MicroBatches(self._shards, _transform(config, "train"), plan.numbered)
         self._stream: Stream | None = None
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -74,8 +93,17 @@ class TrainingLoader:
             stream.close()
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """Epochs of each data set of data.mix in the first so many steps; without a mix the one set's name is ""."""
-        return self._epochs(steps * self._micro_batches)
+        """Epochs of each modality of a joint run, or of each data set of data.mix, in the first so many steps; where
+        there is one set its name is ""."""
+        epochs: dict[str, float] = {}
+        for name, own_steps in self._turns.counts(steps).items():
+            for part, value in self._plans[name].epochs(own_steps * self._micro_batches).items():
+                epochs[name if self._joint else part] = value
+        return epochs
+
+    def turn(self, step: int) -> tuple[str, int]:
+        """(modality, which of its own steps) of step `step`; in a run of one modality all steps are its own."""
+        return self._turns.at(step)
 
     def close(self) -> None:
         """End the workers and close the shards. Iterating again is allowed."""
@@ -198,12 +226,13 @@ def _transform(config: Config, mode: Mode) -> Transform[Any]:
     return TRANSFORMS[config.modality](config, mode)
 
 
-def _training_samples(config: Config) -> tuple[Readable, Plan, list[str]]:
-    """The samples of data.shards or of data.mix, their micro-batches, and what people should know of them."""
+def _training_samples(config: Config, key: str) -> tuple[Readable, Plan, list[str]]:
+    """The samples of data.shards, which messages call `key`, or of data.mix, their micro-batches, and what people
+    should know of them."""
     mix = config.data.mix
     if mix is None:
-        shards = _open_shards(config.data.shards, "data.shards", config)
-        return shards, *training_plan(config, shards)
+        shards = _open_shards(config.data.shards, key, config)
+        return shards, *training_plan(config, shards, key)
     weights = whole_weights({name: part.weight for name, part in mix.items()})
     sets: dict[str, Samples] = {}
     plans: dict[str, Plan] = {}

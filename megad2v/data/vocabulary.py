@@ -14,16 +14,14 @@ from megad2v.modalities.text.tokenizer import Tokenizer
 
 def with_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
     """The configuration with `text.vocabulary` filled in, and the tokenizer that `text.tokenizer` names, or that lies
-    beside the training shards. No library that encodes is needed.
+    beside the training shards of text, also of a joint run. No library that encodes is needed.
 
     Raises UserError where there is none, where `text.vocabulary` says another number, and where dataset.json beside
     the shards for training or validation names another tokenizer (shards without dataset.json are taken as they are).
     """
     mix = config.data.mix or {}
     patterns = {f"data.mix.{name}.shards": part.shards for name, part in sorted(mix.items())}
-    training = {
-        key: _folders(config, key, value) for key, value in (patterns or {"data.shards": config.data.shards}).items()
-    }
+    training = {key: _folders(key, value) for key, value in (patterns or {"data.shards": config.data.shards}).items()}
     folder = _tokenizer_folder(config, [folder for folders in training.values() for folder in folders])
     with about_key("text.tokenizer"):
         tokenizer = Tokenizer.load(folder)
@@ -34,17 +32,17 @@ def with_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
         )
     keys = training
     if config.data.valid is not None:
-        keys["data.valid"] = _folders(config, "data.valid", config.data.valid)
+        keys["data.valid"] = _folders("data.valid", config.data.valid)
     for key, places in keys.items():
         for place in places:
             _check_made_with(tokenizer, folder, place, key)
     return replace(config, text=replace(config.text, vocabulary=tokenizer.vocabulary)), tokenizer
 
 
-def _folders(config: Config, key: str, value: str | dict[str, str] | None) -> list[Path]:
+def _folders(key: str, value: str | dict[str, str] | None) -> list[Path]:
     """Those that hold the shards of configuration key `key`, whose value is given."""
     with about_key(key):
-        return sorted({path.parent for path in resolve(pattern_of(value, key, config.modality))})
+        return sorted({path.parent for path in resolve(pattern_of(value, key, "text"))})
 
 
 def _tokenizer_folder(config: Config, folders: list[Path]) -> Path:

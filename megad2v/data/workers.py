@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from megad2v.data.mix import MixedSamples
 from megad2v.data.parcel import Parcel
 from megad2v.data.shardset import Readable
+from megad2v.data.turns import Turns
 from megad2v.errors import UserError
 from megad2v.modalities.batch import Batch
 from megad2v.modalities.sample import BadSample, Transform
@@ -51,6 +53,8 @@ class MicroBatches(Dataset["Batch | Parcel | Refusal"]):
         self._rows = rows
         self.board: torch.Tensor | None = None
         """(workers, 2) int64 in shared memory, or None without workers."""
+        self.first = 0
+        """Number of the first sample on the board, where others share it."""
 
     def __getitem__(self, number: int) -> Batch | Parcel | Refusal:
         worker = get_worker_info()
@@ -61,7 +65,7 @@ class MicroBatches(Dataset["Batch | Parcel | Refusal"]):
         dropped: list[tuple[str, str]] = []
         for epoch, index in self._rows(number):
             if note is not None:
-                note[SAMPLE] = index
+                note[SAMPLE] = self.first + index
             try:
                 raw = self.shards.read(index)
             except UserError as error:
@@ -82,13 +86,38 @@ class MicroBatches(Dataset["Batch | Parcel | Refusal"]):
         return batch if worker is None else Parcel.of(batch)
 
 
+class JointMicroBatches(Dataset["Batch | Parcel | Refusal"]):
+    """Micro-batch number step * M + m -> micro-batch m of the step whose turn it is, from the one modality that has it:
+    what a run of that modality alone has at its step `own`."""
+
+    def __init__(self, parts: Mapping[str, MicroBatches], turns: Turns, micro_batches: int) -> None:
+        self.shards = MixedSamples({name: part.shards for name, part in parts.items()}, turns.weights)
+        """All samples in one list, to name them by; each part reads its own."""
+        self._parts = {name: parts[name] for name in turns.weights}
+        for part, first in zip(self._parts.values(), self.shards.starts, strict=False):
+            part.first = first
+        self._turns = turns
+        self._micro_batches = micro_batches
+        self.board: torch.Tensor | None = None
+        """As MicroBatches.board."""
+
+    def __getitem__(self, number: int) -> Batch | Parcel | Refusal:
+        step, m = divmod(number, self._micro_batches)
+        modality, own = self._turns.at(step)
+        part = self._parts[modality]
+        part.board = self.board
+        return part[own * self._micro_batches + m]
+
+
 class Stream(Iterator[Batch]):
     """The micro-batches of `numbers`, in order, prepared ahead by `workers` processes (0: by this one).
 
     `per_step` is how many are consumed together. Raises UserError as the shards do, WorkerDied for a dead worker.
     """
 
-    def __init__(self, batches: MicroBatches, numbers: Iterable[int], workers: int, *, per_step: int) -> None:
+    def __init__(
+        self, batches: MicroBatches | JointMicroBatches, numbers: Iterable[int], workers: int, *, per_step: int
+    ) -> None:
         self._shards = batches.shards
         self._board = torch.full((max(1, workers), 2), -1, dtype=torch.int64).share_memory_()
         self._closing = torch.zeros(1, dtype=torch.int64).share_memory_()

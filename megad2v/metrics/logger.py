@@ -17,9 +17,16 @@ from megad2v.files import write_file
 
 
 class MetricsLogger:
-    """Only the main rank makes one. `resumed_at` > 0 drops what a killed run had logged beyond that step."""
+    """Only the main rank makes one. `resumed_at` > 0 drops what a killed run had logged beyond that step.
 
-    def __init__(self, run: Path, train: TrainConfig, *, resumed_at: int, config: dict[str, Any]) -> None:
+    In a `joint` run each modality has its own curves in TensorBoard and W&B (vision/loss); metrics.jsonl keeps plain
+    keys beside "modality".
+    """
+
+    def __init__(
+        self, run: Path, train: TrainConfig, *, resumed_at: int, config: dict[str, Any], joint: bool = False
+    ) -> None:
+        self._joint = joint
         self.path = run / "metrics.jsonl"
         self.total = train.steps
         drop_later_lines(self.path, resumed_at)
@@ -35,19 +42,21 @@ class MetricsLogger:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         with logging_into(self.path.parent):
             self._file.write(json.dumps(finite) + "\n")
-            scalars = {k: v for k, v in finite.items() if isinstance(v, (int, float)) and k != "step"}
+            prefix = f"{line['modality']}/" if self._joint and "modality" in line else ""
+            scalars = {f"{prefix}{k}": v for k, v in finite.items() if isinstance(v, (int, float)) and k != "step"}
             if self._tensorboard is not None:
                 for key, value in scalars.items():
                     self._tensorboard.add_scalar(key, value, step)
             if self._wandb is not None:
                 self._wandb.log(scalars, step=step)
 
-    def progress(self, step: int, values: dict[str, Any]) -> None:
-        """The line a person watches."""
+    def progress(self, step: int, values: dict[str, Any], *, modality: str) -> None:
+        """The line a person watches; it says which modality where the run has several."""
         elapsed, done = time.monotonic() - self._started, step - self._first_step
         eta = timedelta(seconds=round(elapsed / max(1, done) * (self.total - step)))
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, (int, float)))
-        print(f"step {step}/{self.total}  {shown}  ETA {eta}", flush=True)
+        whose = f"  {modality}" if self._joint else ""
+        print(f"step {step}/{self.total}{whose}  {shown}  ETA {eta}", flush=True)
 
     def close(self) -> None:
         """Flush all sinks; one that fails does not keep the others from it."""

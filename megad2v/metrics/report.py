@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,18 +15,21 @@ from typing import Any
 import torch
 
 import megad2v
+from megad2v.config.parts import JOINT, loss_weight, modalities
+from megad2v.config.schema import Config
 from megad2v.models.layers import APEX_LAYER_NORM
 
 
-def versions(modality: str) -> dict[str, str]:
-    """Versions of what computes and decodes, and the project's git revision where it runs from a checkout."""
+def versions(modalities: Sequence[str]) -> dict[str, str]:
+    """Versions of what computes and of what decodes `modalities`, and the project's git revision where it runs from a
+    checkout."""
     return {
         "megad2v": megad2v.__version__,
         "git": git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
-        **_decoder(modality),
+        **{what: decoder for modality in modalities for what, decoder in _decoder(modality).items()},
     }
 
 
@@ -74,7 +78,7 @@ def memory_estimate(
 
 def start_up_report(
     *,
-    modality: str,
+    modalities: Sequence[str],
     world: Any,
     precision: str,
     stage: int,
@@ -91,13 +95,23 @@ def start_up_report(
     ranks = f"ranks {world.size}" + (
         f" (data {world.data.size} x tensor {world.tensor.size})" if world.tensor.size > 1 else ""
     )
-    software = (f"{name} {version}" for name, version in versions(modality).items() if name != "megad2v")
+    software = (f"{name} {version}" for name, version in versions(modalities).items() if name != "megad2v")
     return [
         f"megad2v {'  '.join(software)}",
         f"host {socket.gethostname()}  {ranks}  device {device}  threads {torch.get_num_threads()}",
         f"recipe {recipe}  precision {precision}  ZeRO {stage}  attention torch SDPA  layer norm {norm}  peak {peak}",
         f"parameters: student {student:,}  teacher {teacher:,}  model state about {memory / 2**20:,.0f} MiB per rank",
         f"run directory {run}",
+    ]
+
+
+def joint_report(config: Config) -> list[str]:
+    """How a joint run's modalities share one encoder; nothing of a run of one modality."""
+    if config.modality != JOINT:
+        return []
+    factors = (f"{modality} {loss_weight(config, modality):g}" for modality in modalities(config))
+    return [
+        f"joint: one modality to an update, norms {config.joint.norms}, factors on the gradient {', '.join(factors)}"
     ]
 
 

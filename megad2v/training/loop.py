@@ -16,6 +16,7 @@ from torch import Tensor
 from megad2v.checkpoint.background import BackgroundWriter, Saved
 from megad2v.checkpoint.catalog import prune, step_directory, steps_present
 from megad2v.checkpoint.writer import CheckpointError, write_checkpoint
+from megad2v.config.parts import JOINT, loss_weight
 from megad2v.config.schema import Config
 from megad2v.data.loader import FiniteBatches, TrainingLoader
 from megad2v.engine.distributed import World, sum_over, together
@@ -51,7 +52,8 @@ class Run:
     engine: TrainingEngine
     teacher: ShardedTeacher
     loader: TrainingLoader
-    valid: FiniteBatches | None
+    valid: Mapping[str, FiniteBatches]
+    """By modality, in the same order on every rank; empty without data.valid."""
     throughput: Throughput
     records: RunRecords
     guard: Guard
@@ -74,6 +76,11 @@ class Run:
     def memory(self) -> list[Tensor]:
         """This rank's saved tensors, as views: masters, moments and averages."""
         return [memory for _, _, memory in state_memory(self.engine, self.teacher)]
+
+    @property
+    def joint(self) -> bool:
+        """Whether the run has several modalities: one to a step, and words for people say which."""
+        return self.config.modality == JOINT
 
     def close(self) -> None:
         """End workers, close logs, let go of the lock. What fails in that is only said: how the run ended counts."""
@@ -99,7 +106,7 @@ def train(run: Run) -> None:
     run.requests.defer()  # before data workers are forked, which inherit the handlers
     steps = iter(run.loader)
     started_from = run.saved = progress.step
-    verdict = Verdict(run.config.verdict, losses=progress.taken_losses, norms=progress.taken_norms)
+    verdict = Verdict(run.config.verdict, losses=progress.taken_losses, norms=progress.taken_norms, joint=run.joint)
     while progress.step < train.steps:
         started = time.perf_counter()
         watch.at("data", step=progress.step + 1, samples=())
@@ -109,8 +116,10 @@ def train(run: Run) -> None:
         counts = _agree(run, batches, blocks)
         if run.guard.leaving:
             _leave(run, started_from, delete_older=verdict.bad_in_a_row == 0)
-        due = _due(progress.step + 1, train.log_every, train.steps)
-        statistics = StepStatistics(run.config.model.width, run.world.device) if due else None
+        modality, own_step = run.loader.turn(progress.step)
+        statistics = None
+        if progress.step + 1 == train.steps or _divides(train.log_every, own_step + 1):
+            statistics = StepStatistics(run.config.model.width, run.world.device)
         rate, decay = rates_at(run.config, progress.updates)
         losses: list[Tensor] = []
         taken = take_step(
@@ -123,6 +132,7 @@ def train(run: Run) -> None:
             step=progress.step,
             learning_rate=rate,
             decay=decay,
+            loss_weight=loss_weight(run.config, modality),
             statistics=statistics,
             verdict=verdict,
             losses=losses,
@@ -133,10 +143,12 @@ def train(run: Run) -> None:
         watch.started()
         progress.step += 1
         progress.updates += taken
+        progress.modality_updates[modality] = progress.modality_updates.get(modality, 0) + taken
         progress.skipped += not taken
         run.records.consumed(progress.step, batches)
         _count_samples(run, counts)
         run.throughput.add(
+            modality,
             counts.samples,
             counts.positions,
             counts.squares,
@@ -149,12 +161,13 @@ def train(run: Run) -> None:
         halt = None if taken else _refuse(run, verdict, batches, losses)
         if statistics is not None:
             watch.at("log")
-            read = _log(run, statistics, counts, {"lr": rate, "ema_decay": decay}, verdict)
-            if taken and counts.masked > 1 and verdict.watches_std(progress.updates):
-                halt = verdict.collapsed(read, progress.step)
+            watched = verdict.watches_std(progress.modality_updates[modality])
+            read = _log(run, modality, statistics, counts, {"lr": rate, "ema_decay": decay}, on_all=watched)
+            if taken and counts.masked > 1 and watched:
+                halt = verdict.collapsed(read, progress.step, modality)
         if halt is not None:
             _stop(run, halt)
-        if run.valid is not None and _due(progress.step, train.eval_every, train.steps):
+        if run.valid and _due(progress.step, train.eval_every, train.steps):
             _validate(run)
         if _due(progress.step, train.save_every, train.steps):
             save_checkpoint(run, delete_older=taken)  # of a streak of refused steps all checkpoints are alike
@@ -203,7 +216,11 @@ def _leave(run: Run, started_from: int, *, delete_older: bool) -> NoReturn:
 
 
 def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
+    return step == last or _divides(every, step)
+
+
+def _divides(every: int, steps: int) -> bool:
+    return every > 0 and steps % every == 0
 
 
 def _count_samples(run: Run, counts: StepCounts) -> None:
@@ -224,8 +241,9 @@ def _refuse(run: Run, verdict: Verdict, batches: Sequence[Batch], losses: Sequen
     means = [float(loss) / max(1, batch.masked_count()) for loss, batch in zip(losses, batches, strict=True)]
     run.records.refused(step, batches, means, judgement)
     if run.world.is_main:
+        whose = f" ({batches[0].modality})" if run.joint else ""
         print(
-            f"step {step} was not taken: {judgement.reason} (loss {judgement.loss:.4g}, gradient norm "
+            f"step {step}{whose} was not taken: {judgement.reason} (loss {judgement.loss:.4g}, gradient norm "
             f"{judgement.norm:.4g}); {verdict.bad_in_a_row} in a row; samples in {run.directory / BAD_STEPS}",
             flush=True,
         )
@@ -261,17 +279,17 @@ def _way_back(run: Run, since: int) -> str:
 
 
 def _log(
-    run: Run, statistics: StepStatistics, counts: StepCounts, rates: dict[str, float], verdict: Verdict
+    run: Run, modality: str, statistics: StepStatistics, counts: StepCounts, rates: dict[str, float], *, on_all: bool
 ) -> dict[str, float]:
     """Sum the statistics over data-parallel ranks and write the step's line; what was read, where it was.
 
-    Every rank reads once floors hold on the standard deviations, else the main one alone. All have the same bits: the
-    sum goes over all ranks, so each micro-batch is in it as often as there are tensor-parallel ranks.
+    Every rank reads (`on_all`) once floors hold on the standard deviations, else the main one alone. All have the same
+    bits: the sum goes over all ranks, so each micro-batch is in it as often as there are tensor-parallel ranks.
     """
     sum_over(run.world.all, statistics.sums).div_(run.world.tensor.size)
     speed = run.throughput.read()
     progress = run.progress
-    read = statistics.read() if run.logger is not None or verdict.watches_std(progress.updates) else {}
+    read = statistics.read() if run.logger is not None or on_all else {}
     if run.logger is None:
         return read
     norm = run.engine.gradient_norm()
@@ -286,22 +304,22 @@ def _log(
         "skipped_steps": progress.skipped,
         "bad_samples": progress.dropped,
         **speed,
-        "modality": run.config.modality,
+        "modality": modality,
     }
     run.logger.write(progress.step, values)
     shown = ("loss", "target_std", "pred_std", "grad_norm", "tokens_per_second", "mfu")
-    run.logger.progress(progress.step, {key: values[key] for key in shown})
+    run.logger.progress(progress.step, {key: values[key] for key in shown}, modality=modality)
     return read
 
 
 def _validate(run: Run) -> None:
-    run.guard.watch.at("validation")
-    values = validate(
-        run.engine, run.valid, world=run.world, width=run.config.model.width, guard=run.guard, step=run.progress.step
-    )
-    if run.logger is not None:
-        run.logger.write(run.progress.step, {**values, "modality": run.config.modality})
-        run.logger.progress(run.progress.step, values)
+    step, width = run.progress.step, run.config.model.width
+    for modality, batches in run.valid.items():
+        run.guard.watch.at("validation")
+        values = validate(run.engine, batches, world=run.world, width=width, guard=run.guard, step=step)
+        if run.logger is not None:
+            run.logger.write(step, {**values, "modality": modality})
+            run.logger.progress(step, values, modality=modality)
 
 
 def save_checkpoint(run: Run, *, delete_older: bool = True) -> None:

@@ -20,6 +20,7 @@ from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.writer import CheckpointError
 from megad2v.config.deepspeed_json import read_deepspeed_json, refuse_unsupported
 from megad2v.config.load import parse_command_line, to_yaml
+from megad2v.config.parts import JOINT, modalities
 from megad2v.config.schema import Config, TrainConfig
 from megad2v.config.validate import validate
 from megad2v.data.format import TOKENIZER_FOLDER
@@ -123,23 +124,32 @@ def with_demo_shards(config: Config) -> Config:
     """The command without data runs on the demo's shards, where they have been made."""
     if config.data.shards is not None or config.data.mix is not None:
         return config
-    corpus = DEMO_CORPORA[config.modality]
-    shards = Path("runs/demo/shards", corpus)
-    if not (shards / "train").is_dir():
-        raise UserError(
-            "data.shards: not given, and the demo's shards are not there. Make them with `make demo`, or: "
-            f"python tools/make_demo_data.py runs/demo/data --only {corpus} && "
-            f"python tools/make_shards.py {corpus} --input runs/demo/data/{corpus} --output {shards}/train && "
-            "repeat the command; for your own data add --data.shards PATH"
+    folders = {modality: Path("runs/demo/shards", DEMO_CORPORA[modality]) for modality in modalities(config)}
+    missing = [folder for folder in folders.values() if not (folder / "train").is_dir()]
+    if missing:
+        commands = "".join(
+            f"python tools/make_demo_data.py runs/demo/data --only {to.name} && "
+            f"python tools/make_shards.py {to.name} --input runs/demo/data/{to.name} --output {to}/train && "
+            for to in missing
         )
-    valid = config.data.valid or (f"{shards}/valid" if (shards / "valid").is_dir() else None)
-    return replace(config, data=replace(config.data, shards=f"{shards}/train", valid=valid))
+        raise UserError(
+            f"data.shards: not given, and the demo's shards are not there. Make them with `make demo`, or: {commands}"
+            "repeat the command; for your own data add --data.shards PATH"
+            + (", a map modality: pattern" if config.modality == JOINT else "")
+        )
+    train = {modality: f"{folder}/train" for modality, folder in folders.items()}
+    valid = {modality: f"{folder}/valid" for modality, folder in folders.items() if (folder / "valid").is_dir()}
+    if config.modality != JOINT:
+        shards, held_out = train[config.modality], valid.get(config.modality)
+    else:
+        shards, held_out = train, valid if len(valid) == len(train) else None
+    return replace(config, data=replace(config.data, shards=shards, valid=config.data.valid or held_out))
 
 
 def with_tokenizer(config: Config) -> tuple[Config, Mapping[str, bytes]]:
     """Text: with the size of the tokenizer's vocabulary, and the tokenizer's files as checkpoints carry them.
     Collective; raises UserError alike on every rank, also where that size breaks a rule of the configuration."""
-    if config.modality != "text":
+    if "text" not in modalities(config):
         return config, {}
     found: list[tuple[Config, Tokenizer]] = []
 

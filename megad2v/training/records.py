@@ -16,10 +16,10 @@ QUARANTINE, BAD_STEPS = "quarantine.jsonl", "bad_steps.jsonl"
 
 
 class RunRecords:
-    """One writer per data-parallel rank."""
+    """One writer per data-parallel rank. Lines of a `joint` run name the modality."""
 
-    def __init__(self, run: Path, world: World, *, trace: bool, resumed_at: int) -> None:
-        self._data = world.data
+    def __init__(self, run: Path, world: World, *, trace: bool, resumed_at: int, joint: bool = False) -> None:
+        self._data, self._joint = world.data, joint
         # Tensor-parallel ranks consume the same micro-batches: one of them writes.
         self._writes = world.tensor.rank == 0
         self._run = run
@@ -45,14 +45,16 @@ class RunRecords:
                 line = {
                     "step": step,
                     "micro_batch": micro_batch,
+                    **self._modality(batch),
                     "samples": batch.sample_ids,
                     "hashes": batch.fingerprints,
                 }
                 with logging_into(self._run):
                     self._trace.write(json.dumps(line) + "\n")
             if batch.dropped:
+                place_of = {"step": step, "micro_batch": micro_batch, **self._modality(batch)}
                 lines = [
-                    json.dumps({"step": step, "micro_batch": micro_batch, "sample": sample, "reason": reason}) + "\n"
+                    json.dumps({**place_of, "sample": sample, "reason": reason}) + "\n"
                     for sample, reason in batch.dropped
                 ]
                 self._append(QUARANTINE, lines)
@@ -65,6 +67,7 @@ class RunRecords:
             line = {
                 "step": step,
                 "micro_batch": self._data.rank + place * self._data.size,
+                **self._modality(batch),
                 "reason": judgement.reason,
                 "loss": _finite(loss),
                 "step_loss": _finite(judgement.loss),
@@ -74,6 +77,9 @@ class RunRecords:
             lines.append(json.dumps(line) + "\n")
         if self._writes:
             self._append(BAD_STEPS, lines)
+
+    def _modality(self, batch: Batch) -> dict[str, str]:
+        return {"modality": batch.modality} if self._joint else {}
 
     def _append(self, name: str, lines: list[str]) -> None:
         with (
@@ -93,12 +99,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def low_since(metrics: Path, key: str, floor: float, step: int) -> int:
-    """The first step of the unbroken row of logged steps, up to `step`, whose `key` lies under `floor`."""
+def low_since(metrics: Path, key: str, floor: float, modality: str, step: int) -> int:
+    """The first step of the unbroken row of a modality's logged steps, up to `step`, whose `key` lies under `floor`."""
     since = step
     for text in reversed(metrics.read_text().splitlines()):
         line = json.loads(text)
-        if key not in line:
+        if key not in line or line["modality"] != modality:
             continue
         if line[key] is None or line[key] >= floor:
             break

@@ -28,9 +28,10 @@ from megad2v.checkpoint.layout import INDEX, Index
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.config.deepspeed_json import fill_deepspeed, zero_stage
 from megad2v.config.load import to_yaml
+from megad2v.config.parts import JOINT, joint_key, modalities, of_modality
 from megad2v.config.schema import Config
 from megad2v.data.format import TOKENIZER_FOLDER
-from megad2v.data.loader import TrainingLoader, validation_batches
+from megad2v.data.loader import FiniteBatches, TrainingLoader, validation_batches
 from megad2v.engine.distributed import (
     World,
     broadcast_text,
@@ -47,7 +48,7 @@ from megad2v.engine.watchdog import Watchdog
 from megad2v.errors import UserError
 from megad2v.metrics.flops import flops_per_sample, peak_flops
 from megad2v.metrics.logger import MetricsLogger, drop_later_lines
-from megad2v.metrics.report import memory_estimate, start_up_report
+from megad2v.metrics.report import joint_report, memory_estimate, start_up_report
 from megad2v.metrics.throughput import SampleFlops, Throughput
 from megad2v.modalities.build import HUGGING_FACE, build_student, build_teacher, copied_prefixes, positions
 from megad2v.modalities.text.export import check_exportable
@@ -94,15 +95,17 @@ def set_up(
     start = resumed.index.step if resumed else 0
 
     loader = _on_all(lambda: TrainingLoader(config, rank=world.data.rank, world=world.data.size, start_step=start))
-    valid = None
-    if config.data.valid is not None:
-        valid = _on_all(lambda: validation_batches(config, rank=world.data.rank, world=world.data.size))
+    valid = _on_all(lambda: _validation(config, world))
     if not there:  # not before all that can be wrong with a new run has been looked at
         lock = _on_all(lambda: _alone_in(directory, still_empty=True) if world.is_main else None)
     _on_all(lambda: _prepare_directory(config, filled, directory, start) if world.is_main else None)
     logger = _on_all(
         lambda: (
-            MetricsLogger(directory, config.train, resumed_at=start, config=asdict(config)) if world.is_main else None
+            MetricsLogger(
+                directory, config.train, resumed_at=start, config=asdict(config), joint=config.modality == JOINT
+            )
+            if world.is_main
+            else None
         )
     )
     engine = build_engine(config, filled, world)
@@ -117,10 +120,10 @@ def set_up(
         loader=loader,
         valid=valid,
         throughput=Throughput(
-            flops=SampleFlops(partial(flops_per_sample, config), positions(config)),
+            flops={modality: _sample_flops(of_modality(config, modality)) for modality in modalities(config)},
             peak_flops=peak * world.size if peak else None,
         ),
-        records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start),
+        records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start, joint=config.modality == JOINT),
         guard=Guard(engine, world, watch, limit=config.train.hang_timeout),
         background=_background(config, watch),
         logger=logger,
@@ -134,6 +137,21 @@ def set_up(
     return run
 
 
+def _validation(config: Config, world: World) -> dict[str, FiniteBatches]:
+    """This rank's share of data.valid, by modality."""
+    if config.data.valid is None:
+        return {}
+    return {
+        modality: validation_batches(of_modality(config, modality), rank=world.data.rank, world=world.data.size)
+        for modality in modalities(config)
+    }
+
+
+def _sample_flops(config: Config) -> SampleFlops:
+    """Of one modality."""
+    return SampleFlops(partial(flops_per_sample, config), positions(config))
+
+
 def _background(config: Config, watch: Watchdog) -> BackgroundWriter | None:
     if not config.train.async_save:
         return None
@@ -144,7 +162,7 @@ def _report(run: Run, ds: dict[str, Any], *, precision: str, recipe: str, peak: 
     """Lines for people: what runs, on what, and what of the settings has no effect."""
     engine, world, resident = run.engine, run.world, run.config.teacher.resident
     lines = start_up_report(
-        modality=run.config.modality,
+        modalities=modalities(run.config),
         world=world,
         precision=precision,
         stage=engine.state.stage,
@@ -162,7 +180,8 @@ def _report(run: Run, ds: dict[str, Any], *, precision: str, recipe: str, peak: 
         run=run.directory,
         peak=peak,
     )
-    lines += run.loader.remarks + (run.valid.remarks if run.valid is not None else [])
+    lines += joint_report(run.config) + run.loader.remarks
+    lines += [remark for batches in run.valid.values() for remark in batches.remarks]
     lines += schedule_remarks(run.config)
     lines += _export_remarks(run.config, run.extras)
     if resident and engine.state.stage < 3:
@@ -174,16 +193,21 @@ def _report(run: Run, ds: dict[str, Any], *, precision: str, recipe: str, peak: 
 
 def _export_remarks(config: Config, extras: Mapping[str, bytes]) -> list[str]:
     """Why the run's model, or its tokenizer, will not be exported: said before it is trained."""
-    checks = [partial(HUGGING_FACE[config.modality].check, config)]
+    checks = [
+        (modality, partial(HUGGING_FACE[modality].check, of_modality(config, modality)))
+        for modality in modalities(config)
+    ]
     about = extras.get(f"{TOKENIZER_FOLDER}/{ABOUT_FILE}")
     if about is not None:
-        checks.append(partial(check_exportable, json.loads(about)["name"]))
+        checks.append(("text", partial(check_exportable, json.loads(about)["name"])))
     remarks = []
-    for check in checks:
+    for modality, check in checks:
         try:
             check()
         except UserError as error:
-            remarks.append(f"tools/convert_checkpoint.py --to hf will refuse this run: {error}")
+            what = f"this run's {modality}" if config.modality == JOINT else "this run"
+            said = joint_key(config, modality, str(error))
+            remarks.append(f"tools/convert_checkpoint.py --to hf will refuse {what}: {said}")
     return remarks
 
 

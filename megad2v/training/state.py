@@ -15,7 +15,9 @@ from torch import Tensor
 from megad2v.checkpoint.layout import Piece
 from megad2v.checkpoint.reader import Checkpoint
 from megad2v.checkpoint.writer import write_checkpoint
+from megad2v.config.parts import JOINT, MODALITIES, joint_key, modalities, of_modality
 from megad2v.config.schema import Config
+from megad2v.config.tree import config_from_dict
 from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.data.mix import whole_weights
 from megad2v.engine.distributed import World, broadcast_text, together
@@ -41,10 +43,23 @@ class Progress:
     dropped: int = 0
     skipped: int = 0
     """Steps that were refused: not finite, or a spike."""
-    taken_losses: list[float] = field(default_factory=list)
-    """Loss of the last verdict.window steps taken: what a spike is measured against."""
-    taken_norms: list[float] = field(default_factory=list)
+    taken_losses: dict[str, list[float]] = field(default_factory=dict)
+    """By modality, loss of its last verdict.window steps taken: what a spike is measured against."""
+    taken_norms: dict[str, list[float]] = field(default_factory=dict)
     """Their gradient norms."""
+    modality_updates: dict[str, int] = field(default_factory=dict)
+    """Updates really taken with each modality."""
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any], modality: str) -> Progress:
+        """From a checkpoint of a run of `modality` (joint: of several). Before there were joint runs, what is kept by
+        modality now was a list of the run's one modality, and its updates were the run's."""
+        values = dict(saved)
+        for key in ("taken_losses", "taken_norms"):
+            if isinstance(values.get(key), list):
+                values[key] = {modality: values[key]}
+        values.setdefault("modality_updates", {modality: values["updates"]})
+        return cls(**values)
 
 
 def state_memory(engine: TrainingEngine, teacher: ShardedTeacher) -> Iterator[tuple[str, Fragment, Tensor]]:
@@ -94,7 +109,7 @@ def save(
         },
         config=asdict(config),
         layout={"ranks": world.size, "zero_stage": engine.state.stage, "tensor_parallel": config.parallel.tensor},
-        code=versions(config.modality),
+        code=versions(modalities(config)),
         extras=extras,
     )
 
@@ -134,7 +149,7 @@ def load(checkpoint: Checkpoint, engine: TrainingEngine, teacher: ShardedTeacher
     together(read, errors=READ_ERRORS, raises=UserError)
     engine.state.publish()
     teacher.refresh()
-    return Progress(**checkpoint.index.state["progress"])
+    return Progress.restored(checkpoint.index.state["progress"], checkpoint.index.config["modality"])
 
 
 @torch.no_grad()
@@ -205,6 +220,7 @@ def check_resumable(checkpoint: Checkpoint, config: Config, extras: Mapping[str,
             f"text.tokenizer: the run in {checkpoint.directory} has another one, whose ids stand for other pieces; "
             "resume with the same, or choose another train.output_dir"
         )
+    _check_weights(checkpoint, config)
     with torch.device("meta"):
         ours = {name: list(p.shape) for name, p in build_student(config).named_parameters()}
     saved: dict[str, Any] = checkpoint.index.shapes
@@ -215,16 +231,31 @@ def check_resumable(checkpoint: Checkpoint, config: Config, extras: Mapping[str,
                 f"{ours.get(name, 'nothing')}; resume with the configuration in the run's config.yaml, or choose "
                 "another train.output_dir (and train.init to start from these weights)"
             )
-    now = asdict(config)
-    _check_weights(checkpoint, config)
-    for key in SAME_STREAM + SAME_LENGTHS.get(config.modality, ()):
-        section, leaf = key.split(".")
-        then = checkpoint.index.config[section][leaf]
-        if then != now[section][leaf]:
-            raise UserError(
-                f"{key}: the run in {checkpoint.directory} has {then}, not {now[section][leaf]}, and would see other "
-                "samples from here on; resume with the same, or choose another train.output_dir"
-            )
+    _check_stream(checkpoint, config)
+
+
+def _check_stream(checkpoint: Checkpoint, config: Config) -> None:
+    """Raise UserError where a modality's samples would be others from here on."""
+    for modality in modalities(config):
+        then, now = (_alone(tree, modality) for tree in (checkpoint.index.config, asdict(config)))
+        for key in SAME_STREAM + SAME_LENGTHS.get(modality, ()):
+            section, leaf = key.split(".")
+            first, second = then[section][leaf], now[section][leaf]
+            if first != second:
+                raise UserError(
+                    f"{joint_key(config, modality, key)}: the run in {checkpoint.directory} has {first}, not {second}, "
+                    "and would see other samples from here on; resume with the same, or choose another "
+                    "train.output_dir"
+                )
+
+
+def _alone(tree: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
+    """A configuration as `modality` sees it (see `of_modality`), both as trees of JSON; one of a single modality as it
+    is."""
+    if tree["modality"] != JOINT:
+        return tree
+    alone: dict[str, Any] = json.loads(json.dumps(asdict(of_modality(config_from_dict(tree), modality))))
+    return alone
 
 
 OBJECTIVE = ("mask", "targets", "loss", "teacher")
@@ -236,31 +267,51 @@ NOT_LEARNED = ("teacher.resident",)
 
 def objective_changes(checkpoint: Checkpoint, config: Config) -> list[str]:
     """One line for each key by which a resumed run goes on to learn something else than its checkpoint did: allowed,
-    but not without a word. Keys that the checkpoint is too old to know are passed over."""
-    then, now = checkpoint.index.config, json.loads(json.dumps(asdict(config)))  # JSON has lists for tuples
-    keys = [(section, leaf) for section in OBJECTIVE for leaf in now[section]]
-    if config.modality == "text":
-        keys += [("text", leaf) for leaf in TEXT_OBJECTIVE]
+    but not without a word. Keys that the checkpoint is too old to know are passed over; of a joint run's they have
+    their defaults."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    saved, ours = checkpoint.index.config, json.loads(json.dumps(asdict(config)))  # JSON has lists for tuples
+    for modality in modalities(config):
+        then, now = _alone(saved, modality), _alone(ours, modality)
+        keys = [(section, leaf) for section in OBJECTIVE for leaf in now[section]]
+        if modality == "text":
+            keys += [("text", leaf) for leaf in TEXT_OBJECTIVE]
+        for section, leaf in keys:
+            if f"{section}.{leaf}" not in NOT_LEARNED and leaf in then.get(section, {}):
+                # What the modalities share has one name, and is said once.
+                changes[joint_key(config, modality, f"{section}.{leaf}")] = then[section][leaf], now[section][leaf]
+        if config.modality == JOINT == saved["modality"]:
+            weights = (tree["joint"][modality].get("loss_weight", 1.0) for tree in (saved, ours))
+            changes[f"joint.{modality}.loss_weight"] = next(weights), next(weights)
     return [
-        f"{section}.{leaf}: {now[section][leaf]}, and {then[section][leaf]} before: the objective changes here"
-        for section, leaf in keys
-        if f"{section}.{leaf}" not in NOT_LEARNED
-        and leaf in then.get(section, {})
-        and then[section][leaf] != now[section][leaf]
+        f"{key}: {second}, and {first} before: the objective changes here"
+        for key, (first, second) in changes.items()
+        if first != second
     ]
 
 
 def _check_weights(checkpoint: Checkpoint, config: Config) -> None:
-    """The same for data.mix: its names and the ratios of its weights. Patterns may differ, as folders are moved; what
-    they name is compared by fingerprint."""
+    """The same for the weights of a joint run's modalities and of data.mix: names and ratios. Patterns may differ, as
+    folders are moved; what they name is compared by fingerprint."""
 
-    def ratios(mix: dict[str, Any] | None) -> dict[str, int]:
-        return whole_weights({name: part["weight"] for name, part in mix.items()}) if mix else {}
+    def ratios(parts: Mapping[str, Any] | None) -> dict[str, int]:
+        weights = {name: part["weight"] for name, part in (parts or {}).items() if part["weight"] > 0}
+        return whole_weights(weights) if weights else {}
 
-    then, now = ratios(checkpoint.index.config["data"].get("mix")), ratios(asdict(config)["data"]["mix"])
-    if then != now:
-        first, second = (", ".join(f"{n} {w}" for n, w in one.items()) or "no mix" for one in (then, now))
-        raise UserError(
-            f"data.mix: the run in {checkpoint.directory} has {first}, not {second}, and would see other samples from "
-            "here on; resume with the same, or choose another train.output_dir"
-        )
+    def joint(tree: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if tree.get("modality") != JOINT:
+            return None
+        return {name: part for name, part in tree["joint"].items() if name in MODALITIES}
+
+    saved, ours = checkpoint.index.config, asdict(config)
+    for key, of, none in (
+        ("joint.*.weight", joint, "one modality"),
+        ("data.mix", lambda tree: tree["data"].get("mix"), "no mix"),
+    ):
+        then, now = ratios(of(saved)), ratios(of(ours))
+        if then != now:
+            first, second = (", ".join(f"{n} {w}" for n, w in one.items()) or none for one in (then, now))
+            raise UserError(
+                f"{key}: the run in {checkpoint.directory} has {first}, not {second}, and would see other samples from "
+                "here on; resume with the same, or choose another train.output_dir"
+            )

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -102,7 +103,8 @@ def take_step(
     if before_update is not None:
         before_update()
     loss = torch.stack(losses).double().sum() / max(1, counts.masked)
-    taken = engine.step(learning_rate, loss, both_finite if verdict is None else verdict.judge)
+    judge = both_finite if verdict is None else partial(verdict.judge, batches[0].modality)
+    taken = engine.step(learning_rate, loss, judge)
     if taken:
         watch.at("teacher")
         teacher.update(decay)

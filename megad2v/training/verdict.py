@@ -44,8 +44,8 @@ class Halt:
     since: int
     """The step at which it began, as far as is known here."""
     advice: str
-    low: tuple[str, float] | None = None
-    """(metric, floor) where a logged metric fell under a floor: earlier lines tell since when."""
+    low: tuple[str, float, str] | None = None
+    """(metric, floor, modality) where a logged metric fell under a floor: earlier lines tell since when."""
 
 
 def robust_z(value: float, history: list[float]) -> float:
@@ -62,20 +62,31 @@ def robust_z(value: float, history: list[float]) -> float:
 
 
 class Verdict:
-    """Judges the steps of one run, one after the other. Nothing of it is communicated or written."""
+    """Judges the steps of one run, one after the other. Nothing of it is communicated or written.
 
-    def __init__(self, config: VerdictConfig, *, losses: list[float], norms: list[float]) -> None:
-        """`losses` and `norms` are the run's memory of its last taken steps (`Progress`), kept up to date in place."""
-        self.config = config
+    A step is of one modality and measured against taken steps of that one: their losses differ by a factor of 100.
+    """
+
+    def __init__(
+        self,
+        config: VerdictConfig,
+        *,
+        losses: dict[str, list[float]],
+        norms: dict[str, list[float]],
+        joint: bool = False,
+    ) -> None:
+        """`losses` and `norms` are the run's memory of the last taken steps of each modality (`Progress`), kept up to
+        date in place. Where the run is `joint`, reasons name the modality."""
+        self.config, self._joint = config, joint
         self._histories = {"loss": losses, "gradient norm": norms}
         self.latest = Judgement(math.nan, math.nan, None)
         self.bad_in_a_row = 0
         """Refused steps since the last one taken, or since this process began."""
 
-    def judge(self, loss: float, norm: float) -> bool:
-        """Whether a step of this loss and gradient norm may be taken; `latest` says why not."""
+    def judge(self, modality: str, loss: float, norm: float) -> bool:
+        """Whether a step of this modality, loss and gradient norm may be taken; `latest` says why not."""
         values = {"loss": loss, "gradient norm": norm}
-        reason = _not_finite(values) or self._spike(values)
+        reason = _not_finite(values) or self._spike(modality, values)
         self.latest = Judgement(loss, norm, reason)
         if reason is not None:
             self.bad_in_a_row += 1
@@ -83,24 +94,24 @@ class Verdict:
         self.bad_in_a_row = 0
         for name, value in values.items():
             if value > 0:  # a step with nothing masked has 0 of both, and says nothing about the next
-                history = self._histories[name]
+                history = self._histories[name].setdefault(modality, [])
                 history.append(value)
                 del history[: -self.config.window]
         return True
 
-    def _spike(self, values: dict[str, float]) -> str | None:
+    def _spike(self, modality: str, values: dict[str, float]) -> str | None:
         if self.config.spike_z == 0:
             return None
         for name, value in values.items():
-            history = self._histories[name][-self.config.window :]
+            history = self._histories[name].get(modality, [])[-self.config.window :]
             if value <= 0 or len(history) < max(LEAST_HISTORY, self.config.window // 2):
                 continue
             z = robust_z(value, history)
             if z > self.config.spike_z:
-                median = statistics.median(history)
+                steps = f"{modality} steps" if self._joint else "steps"
                 return (
-                    f"spike: {name} {value:.4g} is z {z:.3g} above the median {median:.4g} of the last {len(history)} "
-                    "steps taken"
+                    f"spike: {name} {value:.4g} is z {z:.3g} above the median {statistics.median(history):.4g} of the "
+                    f"last {len(history)} {steps} taken"
                 )
         return None
 
@@ -120,23 +131,25 @@ class Verdict:
         )
 
     def watches_std(self, updates: int) -> bool:
-        """Whether the floors on standard deviations hold by now: the only steps on which every rank reads them."""
+        """Whether the floors on standard deviations hold after so many updates of a modality: every rank reads that
+        one's from then on."""
         floors = (self.config.min_target_std, self.config.min_pred_std)
         return updates > self.config.std_after and any(floor > 0 for floor in floors)
 
-    def collapsed(self, read: dict[str, float], step: int) -> Halt | None:
+    def collapsed(self, read: dict[str, float], step: int, modality: str) -> Halt | None:
         """Whether a logged step's `target_std` or `pred_std` lies under its floor (not a number does not)."""
+        whose = f" of {modality}" if self._joint else ""
         for key, what in (("target_std", "targets"), ("pred_std", "predictions")):
             floor = getattr(self.config, f"min_{key}")
             if read[key] < floor:
                 return Halt(
-                    what=f"collapse: {key} {read[key]:.4g}, the standard deviation of the {what} over masked "
+                    what=f"collapse{whose}: {key} {read[key]:.4g}, the standard deviation of the {what} over masked "
                     f"positions, is under verdict.min_{key} {floor:g} (fairseq's guard: 0.1 for targets, 0.01 for "
                     "predictions, after 5,000 updates)",
                     since=step,
                     advice="What was saved is collapsed too. Lower optimizer.lr, lengthen schedule.warmup_steps, or "
                     "raise teacher.decay_start and teacher.decay_end; then start anew or from before it",
-                    low=(key, floor),
+                    low=(key, floor, modality),
                 )
         return None
 

@@ -99,7 +99,7 @@ def test_nan_for_ever_stops_and_an_older_checkpoint_goes_on(demo_shards: Path, t
     Checkpoint(run / "checkpoints" / "step_00000005").verify()
     progress = Checkpoint(run / "checkpoints" / "step_00000005").index.state["progress"]
     assert (progress["step"], progress["updates"], progress["skipped"]) == (5, 2, 3)
-    assert len(progress["taken_losses"]) == len(progress["taken_norms"]) == 2
+    assert len(progress["taken_losses"]["vision"]) == len(progress["taken_norms"]["vision"]) == 2
     consumed = {
         (line["step"], line["micro_batch"]): line["samples"]
         for rank in range(2)

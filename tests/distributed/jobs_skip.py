@@ -68,7 +68,7 @@ class _Trainer:
         self.config, self.world = config, world
         self.engine = build_engine(config, filled, world)
         self.teacher = ShardedTeacher(self.engine)
-        self.verdict = Verdict(VerdictConfig(window=USUAL_STEPS), losses=[], norms=[])
+        self.verdict = Verdict(VerdictConfig(window=USUAL_STEPS), losses={}, norms={})
 
     def step(self, step: int, spoil: str = "") -> bool:
         """One step; on one rank its first micro-batch (what follows must not hide it) is spoilt by "nan" or "spike"."""
@@ -104,13 +104,15 @@ class _Trainer:
     def first_step(self) -> bool:
         """Step 0, then as many like it in the verdict's memory as it wants to see before it calls a spike."""
         taken = self.step(0)
-        for history in self.verdict._histories.values():
-            history *= USUAL_STEPS
+        for histories in self.verdict._histories.values():
+            histories["vision"] *= USUAL_STEPS
         return taken
 
     def snapshot(self) -> Snapshot:
         kept = _snapshot(self.engine, self.teacher)
-        kept["history"] = [torch.tensor(h, dtype=torch.float64) for h in self.verdict._histories.values()]
+        kept["history"] = [
+            torch.tensor(histories["vision"], dtype=torch.float64) for histories in self.verdict._histories.values()
+        ]
         return kept
 
     def without_gate(self) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from megad2v.config import validate as validate_module
+from megad2v.config.load import load_config
+from megad2v.config.modalities import MaskConfig
 from megad2v.config.schema import Config, MicroBatchConfig, MixConfig
 from megad2v.config.validate import validate
 from megad2v.errors import UserError
@@ -41,6 +43,16 @@ def broken_speech(model: dict[str, Any] | None = None, **speech: Any) -> Config:
 def broken_text(text: dict[str, Any] | None = None, **mask: Any) -> Config:
     shape = {"norm": "post", "relative_bias": False}
     return dataclasses.replace(broken(model=shape, text=text or {}, mask=mask), modality="text")
+
+
+def broken_joint(text: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
+    """joint_tiny, with other values of text's part and of sections."""
+    config = load_config("joint_tiny")
+    part = dataclasses.replace(config.joint.text, **(text or {}))
+    config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, text=part))
+    return dataclasses.replace(config, **{
+        name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()
+    })  # fmt: skip
 
 
 RULES: list[tuple[Config, str]] = [
@@ -189,6 +201,31 @@ RULES: list[tuple[Config, str]] = [
     (broken(data={"mix": {"a/b": MixConfig("x")}}), "data.mix: a name is made of letters, digits, dots, dashes and"),
     (broken(data={"mix": {"a": MixConfig("x", 0.0)}}), "data.mix.a.weight: expected a number above 0, got 0.0"),
     (of_lengths(mask={"span": 0}), "mask.span must be at least 1 and mask.min_spans at least 0, got 0 and 1"),
+    (broken_joint({"weight": -1.0}), "joint.text.weight: expected at least 0, got -1"),
+    (broken_joint({"weight": math.nan}), "joint.text.weight: expected a finite number, got nan"),
+    (broken_joint({"loss_weight": 0.0}), "joint.text.loss_weight: expected more than 0, got 0; to leave the modality"),
+    (dataclasses.replace(Config(), modality="joint"), "joint: no modality takes part; give two or all of vision, spee"),
+    (broken_joint(model={"deep_norm": True}), "model.deep_norm: is of one modality's post-norm encoder; set it false"),
+    (
+        broken_joint(data={"mix": {"a": MixConfig("x")}}),
+        "data.mix: joint runs read one set of shards for each modality",
+    ),
+    (broken_joint(data={"shards": "x"}), "data.shards: a joint run needs a map modality: pattern, such as {vision: x}"),
+    (
+        broken_joint(data={"valid": {"vision": "x", "text": "y"}}),
+        "data.valid: names no shards of speech; give them, or",
+    ),
+    # Rules of one modality, by the names that its keys have here.
+    (broken_joint({"mask": MaskConfig(ratio=1.0)}), "joint.text.mask.ratio: expected a fraction in [0, 1), got 1.0"),
+    (
+        broken_joint({"norm": "pre"}),
+        "joint.text.copied: norm is the one before the first block, which joint.text.norm pre",
+    ),
+    (
+        broken_joint({"micro_batch": MicroBatchConfig(seconds=9.0)}),
+        "joint.text.micro_batch: rows of text are batched by",
+    ),
+    (broken_joint({"head_layers": 3}), "joint.text.head_layers: expected 0, 1 or 2, got 3"),
     (of_lengths(mask={"min_spans": -1}), "mask.span must be at least 1 and mask.min_spans at least 0, got 10 and -1"),
 ]
 

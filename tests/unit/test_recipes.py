@@ -4,6 +4,7 @@ DeepSpeed JSON of the project. tests/distributed/test_recipes.py trains each for
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from megad2v.config.deepspeed_json import fill_deepspeed, read_deepspeed_json
 from megad2v.config.load import load_config, recipes, to_yaml
+from megad2v.config.parts import PART_KEYS, PART_SECTIONS, modalities, of_modality
 from megad2v.config.schema import Config
 from megad2v.modalities.build import build_student, build_teacher, positions
 from megad2v.modalities.vision.masking import mask_budget
@@ -30,8 +32,8 @@ class Size(NamedTuple):
     student: int
     """Parameters, front end and head included."""
     teacher: int
-    batch: int
-    """Images, seconds of speech, or tokens, of an update."""
+    batch: int | tuple[int, ...]
+    """Images, seconds of speech, or tokens, of an update; of a joint run those of each modality."""
     masked: int | None
     """Most positions that a sample hides; None where spans overlap at random."""
 
@@ -55,17 +57,19 @@ SIZES = {
     "text_base_fairseq": Size(126_415_872, 85_056_000, 131_072, None),
     "text_large": Size(358_506_496, 302_311_424, 131_072, None),
     "text_tiny": Size(1_387_904, 793_344, 4096, None),
+    "joint_base": Size(136_392_272, 89_248_848, (2048, 3800, 131_072), None),
+    "joint_tiny": Size(2_024_336, 1_321_104, (32, 32, 4096), None),
 }
 """A new recipe needs a line here."""
 
-VOCABULARIES = {"text_tiny": 4000}
+VOCABULARIES = {"text_tiny": 4000, "joint_tiny": 4000}
 """Ids that a text recipe is counted with, where they are not RoBERTa's 50,265."""
 
 
 def loaded(recipe: str) -> Config:
     """The recipe, with a vocabulary where it leaves that to the tokenizer."""
     config = load_config(recipe)
-    if config.modality != "text":
+    if "text" not in modalities(config):
         return config
     assert config.text.vocabulary is None  # the tokenizer's
     return load_config(recipe, text__vocabulary=VOCABULARIES.get(recipe, 50_265))
@@ -112,13 +116,34 @@ def test_sizes(recipe: str) -> None:
     config, expected = loaded(recipe), SIZES[recipe]
     student, teacher = built(config)
     assert (numel(student), numel(teacher)) == (expected.student, expected.teacher)
-    budget = config.data.micro_batch
-    assert (budget.samples or budget.seconds or budget.tokens) * config.train.micro_batches_per_step == expected.batch
+    alone = [of_modality(config, modality) for modality in modalities(config)]
+    budgets = [view.data.micro_batch for view in alone]
+    batch = expected.batch if isinstance(expected.batch, tuple) else (expected.batch,)
+    micro_batches = config.train.micro_batches_per_step
+    assert tuple((b.samples or b.seconds or b.tokens) * micro_batches for b in budgets) == batch
     if expected.masked is not None:
         assert mask_budget(config.mask.ratio, positions(config)) == expected.masked
     (row,) = re.findall(rf"^\| `{recipe}` \|.*", DOCS.read_text(), flags=re.MULTILINE)
-    for number in (expected.student, expected.batch, config.train.steps):
-        assert f"| {number:,} |" in row
+    for numbers in ((expected.student,), batch, (config.train.steps,)):
+        assert f"| {' / '.join(f'{number:,}' for number in numbers)} |" in row
+
+
+@pytest.mark.parametrize("size", ["tiny", "base"])
+@pytest.mark.parametrize("modality", ["vision", "speech", "text"])
+def test_joint_recipes_have_the_parts_that_they_say(size: str, modality: str) -> None:
+    """All that is a modality's own is its recipe's, but for the averaged layers of text, which has fewer blocks."""
+    joint, single = of_modality(load_config(f"joint_{size}"), modality), load_config(f"{modality}_{size}")
+    if (size, modality) == ("tiny", "text"):
+        assert (single.targets.layers, single.model.depth) == (3, 4)
+        single = replace(single, targets=replace(single.targets, layers=4))
+    for section in (*PART_SECTIONS, modality, *(("augment",) if modality == "vision" else ())):
+        assert getattr(joint, section) == getattr(single, section), section
+    for section, keys in PART_KEYS.items():
+        for key in keys:
+            expected = getattr(getattr(single, section), key)
+            if key == "bucket_ratio" and modality == "vision":
+                continue  # images are of one size
+            assert getattr(getattr(joint, section), key) == expected, f"{section}.{key}"
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.startswith(("vision_", "text_"))])
@@ -168,7 +193,7 @@ def test_recipe_says_where_its_values_come_from(recipe: str) -> None:
     """Each key on a line of its own with a comment, but for the name of the run directory."""
     for line in recipes()[recipe].read_text().splitlines():
         assert len(line) <= 120, line
-        key = re.match(r"  (\w+):", line)
+        key = re.match(r" +(\w+):", line)
         if key and key[1] != "output_dir":
             assert re.search(r"\S\s+# \S", line), f"{recipe}: {line}"
 
@@ -200,6 +225,15 @@ COMPLETE = {
         "optimizer": "lr betas eps weight_decay decay_all clip",
         "schedule": "kind warmup_steps",
         "data": "micro_batch bucket_ratio",
+        "train": "steps micro_batches_per_step output_dir",
+    },
+    "joint": {
+        "model": "width depth heads mlp_ratio norm qkv_bias init dropout attention_dropout drop_path layer_drop "
+        "deep_norm",
+        "joint": "norms vision speech text",
+        "teacher": "decay_start decay_end decay_steps",
+        "optimizer": "lr betas eps weight_decay decay_all clip",
+        "schedule": "kind warmup_steps",
         "train": "steps micro_batches_per_step output_dir",
     },
     "text": {

@@ -127,3 +127,17 @@ def test_other_tokenizer_for_validation(tmp_path: Path) -> None:
 def test_patterns_that_name_nothing(tmp_path: Path) -> None:
     assert refused(tmp_path / "nothing.tar").startswith("data.shards: ")
     assert refused(shards(tmp_path / "train"), tmp_path / "nothing.tar").startswith("data.valid: ")
+
+
+def test_joint_run(tmp_path: Path) -> None:
+    """Of its maps the entries of text; nothing else is opened."""
+    text = config(shards(tmp_path / "train"), shards(tmp_path / "valid"))
+    maps = {"shards": {"vision": "/nowhere", "text": str(tmp_path / "train")}}
+    maps["valid"] = {"vision": "/nowhere", "text": str(tmp_path / "valid")}
+    joint = replace(text, modality="joint", data=replace(text.data, **maps))
+    found, tokenizer = with_vocabulary(joint)
+    assert tokenizer == BYTES and found == replace(joint, text=replace(joint.text, vocabulary=261))
+    shards(tmp_path / "other", OTHER)
+    joint = replace(joint, data=replace(joint.data, valid={"text": str(tmp_path / "other")}))
+    with pytest.raises(UserError, match=r"data\.valid: .*was made with a tokenizer of 1000 ids"):
+        with_vocabulary(joint)
