@@ -126,7 +126,7 @@ def test_absent_modalities_have_zero_gradient(layout: Layout, launches: Launches
 @pytest.mark.timeout(170)
 @pytest.mark.parametrize("layout", CASES)
 def test_moments_of_the_absent_decay_and_weight_decay_goes_on(layout: Layout, launches: Launches) -> None:
-    """The rule (docs/decisions.md): as with a gradient of zeros. A modality that was there before still moves, by what
+    """The rule (docs/joint.md): as with a gradient of zeros. A modality that was there before still moves, by what
     is left of its first moment."""
     moved = _seen(launches, layout)[0]["moved"]
     assert len(moved) == STEPS - 1
