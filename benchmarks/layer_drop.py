@@ -70,7 +70,7 @@ def _measure(world: World, arguments: argparse.Namespace, *, rate: float, traces
     precision = resolve_precision(config.train.precision)
     engine = build_engine(config, fill_deepspeed(ds, config, precision=precision, data_parallel=2), world)
     if not traces:
-        engine._traces = None
+        engine._traces = []
     teacher = ShardedTeacher(engine)
     waveforms = torch.randn(2, SAMPLES, device=world.device)
     mask = torch.rand(2, 1, frame_count(SAMPLES, config.speech.conv_layers), device=world.device) < 0.5

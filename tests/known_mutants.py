@@ -33,6 +33,8 @@ HF_TEXT = "tests/parity/test_hugging_face_text.py"
 TEXT_MASKS, TEXT_ROWS = "tests/unit/test_text_masking.py", "tests/unit/test_text_transforms.py"
 RESUME = "tests/unit/test_make_shards_resume.py::{}"
 STREAMED, FEATURES = "tests/unit/test_streamed.py", "tests/cli/test_extract_features.py"
+JOINT = "tests/unit/test_joint_model.py"
+TURNS = "tests/distributed/test_joint.py::test_trains_as_plain_torch_does[joint_zero1_dp1_persist_0]"
 SPOILT = "tests/distributed/test_skip.py::test_spoilt_on_one_rank_is_refused_by_all"
 
 MUTANTS = (
@@ -125,8 +127,8 @@ MUTANTS = (
     Mutant(
         "no stop-gradient in the teacher",
         "megad2v/models/data2vec.py",
-        "    @torch.no_grad()\n",
-        "",
+        "    @torch.no_grad()\n    def forward(self, inputs: Tensor, clean_btd: Tensor, padding_bt: Tensor | None = None",
+        "    def forward(self, inputs: Tensor, clean_btd: Tensor, padding_bt: Tensor | None = None",
         f"{DATA2VEC}::test_no_gradient_through_the_targets",
     ),
     Mutant(
@@ -788,6 +790,56 @@ MUTANTS = (
         "self._next = kind",
         "self._next = None",
         "tests/distributed/test_layer_drop.py::test_a_dropped_block_is_not_gathered",
+    ),
+    # --- joint runs
+    Mutant(
+        "joint: another modality's norm and positions around the blocks",
+        "megad2v/models/encoder.py",
+        "return self.parts[part].through(",
+        "return next(iter(self.parts.values())).through(",
+        f"{JOINT}::test_one_modality_of_it_is_that_modality_s_model",
+    ),
+    Mutant(
+        "joint: another modality's norms in the blocks",
+        "megad2v/models/block.py",
+        "norms = self.parts[part] if",
+        "norms = next(iter(self.parts.values())) if",
+        f"{JOINT}::test_one_modality_of_it_is_that_modality_s_model",
+    ),
+    Mutant(
+        "joint: norms in the blocks are called as vision's",
+        "megad2v/modalities/build.py",
+        'f"encoder.blocks.{number}.parts.{modality}.{inner}"',
+        'f"encoder.blocks.{number}.parts.vision.{inner}"',
+        f"{JOINT}::test_one_modality_of_it_is_that_modality_s_model",
+    ),
+    Mutant(
+        "joint: what a part copies is looked for outside of it",
+        "megad2v/modalities/build.py",
+        'f"encoder.parts.{name}.{part}."',
+        'f"encoder.{part}."',
+        TURNS,
+    ),
+    Mutant(
+        "joint: losses are not weighed",
+        "megad2v/training/step.py",
+        "engine.backward(loss_sum * loss_weight,",
+        "engine.backward(loss_sum,",
+        TURNS,
+    ),
+    Mutant(
+        "joint: one trace for all modalities",
+        "megad2v/engine/guard.py",
+        "self._engine.expect(self._plans[place])",
+        "self._engine.expect(self._plans[place].blocks)",
+        "tests/distributed/test_joint.py::test_gathers_of_a_step",
+    ),
+    Mutant(
+        "joint: what may be let go is remembered once for all traces",
+        "megad2v/engine/traces.py",
+        'self._set("params_to_release", self._releases)',
+        "pass",
+        "tests/distributed/test_joint.py::test_gathers_of_a_step",
     ),
     # --- preemption
     Mutant(

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megad2v.modalities.build import copied_prefixes
 from megad2v.parallel.topology import Axis, Topology
 from tests.distributed.layouts import Layout
 
@@ -45,17 +46,35 @@ class Trainer:
         self.guard = Guard(self.engine, self.world, Watchdog(), limit=60.0)
 
     def step(self, step: int, statistics: Any = None, blocks: tuple[int, ...] | None = None) -> list[int]:
-        """One step through the trainer's own `take_step`; returns this rank's masked counts. `blocks` of the student
-        run (None: all)."""
-        from megad2v.training.proposal import propose
-        from megad2v.training.schedules import rates_at
-        from megad2v.training.step import count_step, take_step
+        """One step on this rank's micro-batches; returns their masked counts. `blocks` of the student run (None:
+        all)."""
         from tests.distributed.layouts import micro_batch_of
 
         world, config = self.world, self.config
         places = range(world.data.rank, config.train.micro_batches_per_step, world.data.size)
         batches = [micro_batch_of(config, step, m) for m in places]
-        proposal = propose(batches, kind="training", step=step, updates=step, depth=config.model.depth, blocks=blocks)
+        self.step_on(step, batches, statistics, blocks)
+        return [batch.masked_count() for batch in batches]
+
+    def step_on(
+        self,
+        step: int,
+        batches: list[Any],
+        statistics: Any = None,
+        blocks: tuple[int, ...] | None = None,
+        *,
+        agreed: list[Any] | None = None,
+    ) -> None:
+        """One step on `batches` through the trainer's own `take_step`. `agreed`: what this rank tells the others that
+        it takes, where that is not true."""
+        from megad2v.config.parts import loss_weight
+        from megad2v.training.proposal import propose
+        from megad2v.training.schedules import rates_at
+        from megad2v.training.step import count_step, take_step
+
+        world, config, depth = self.world, self.config, self.config.model.depth
+        told = batches if agreed is None else agreed
+        proposal = propose(told, kind="training", step=step, updates=step, depth=depth, blocks=blocks)
         counts = count_step(batches, world, lambda own: self.guard.agree(proposal, own))
         _, decay = rates_at(config, step)
         taken = take_step(
@@ -68,12 +87,12 @@ class Trainer:
             step=step,
             learning_rate=config.optimizer.lr,
             decay=decay,
+            loss_weight=loss_weight(config, batches[0].modality),
             statistics=statistics,
             blocks=blocks,
             guard=self.guard,
         )
         assert taken
-        return [batch.masked_count() for batch in batches]
 
 
 def start() -> Any:
@@ -99,12 +118,7 @@ def build(world: Any, config: Any, layout: Layout, *, prefetch: int | None = Non
     config = layout.apply(config)
     ds = deepspeed_config(config, layout.zero, world.data.size, layout.persistence, layout.precision, prefetch)
     engine = build_engine(config, ds, world)
-    return Trainer(world, config, engine, ShardedTeacher(engine, copied=copied_parameters(config)))
-
-
-def copied_parameters(config: Any) -> tuple[str, ...]:
-    """How the names begin of what the teacher copies."""
-    return tuple(f"encoder.{part}." for part in config.teacher.copied)
+    return Trainer(world, config, engine, ShardedTeacher(engine, copied=copied_prefixes(config)))
 
 
 def gathered(engine: Any, module: torch.nn.Module, axis: Axis | None = None) -> dict[str, torch.Tensor]:
@@ -223,7 +237,7 @@ def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
         _, decay = rates_at(config, step)
         now = gathered(engine, engine.student, axis)
         for name in names:
-            if name.startswith(copied_parameters(config)):
+            if name.startswith(tuple(copied_prefixes(config))):
                 average[name].copy_(now[name])
             else:
                 average[name].mul_(decay).add_(now[name].double(), alpha=1 - decay)
@@ -238,7 +252,7 @@ def _oracle(world: Any, layout: Layout, steps: int) -> dict[str, Any]:
         truth = average[fragment.name].flatten()[fragment.start : fragment.start + fragment.length]
         error = float((shard.double() - truth).norm() / truth.norm().clamp_min(1e-12))
         shard_error = max(shard_error, error)
-        if fragment.name.startswith(copied_parameters(config)):
+        if fragment.name.startswith(tuple(copied_prefixes(config))):
             copied_differ += int((shard != fragment.master).sum())
             copied_numel += fragment.length
         covered += fragment.length * (fragment.split or axis.rank == 0)

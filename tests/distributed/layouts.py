@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megad2v.config.deepspeed_json import fill_deepspeed, read_deepspeed_json
+from megad2v.config.joint import JointConfig, JointPartConfig
 from megad2v.config.modalities import SpeechConfig, TextConfig, VisionConfig
 from megad2v.config.schema import (
     Config,
@@ -38,6 +40,9 @@ SAMPLES, PIXELS, PATCH = 3, 24, 8
 GRID = PIXELS // PATCH
 VOCABULARY, LONGEST = 23, 13
 CONV_LAYERS = ((16, 10, 5), (12, 3, 2), (16, 2, 2))
+TURNS = ("vision", "speech", "text", "text", "vision", "speech", "speech", "vision", "text")
+"""Whose step it is, over and over: every modality comes back after itself, and after each of the others."""
+LOSS_WEIGHTS = {"vision": 1.0, "speech": 0.5, "text": 2.0}
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Layout:
     precision: str = "fp32"
     modality: str = "vision"
     teacher_sees: str = "full"
+    norms: str = "own"
+    """joint.norms."""
 
     @property
     def ranks(self) -> int:
@@ -66,6 +73,7 @@ class Layout:
         """Such as zero3_tp2_dp2_sequence."""
         words = [] if self.modality == "vision" else [self.modality]
         words += [self.teacher_sees] if self.teacher_sees != "full" else []
+        words += [f"{self.norms}_norms"] if self.norms != "own" else []
         words += [self.zero, *([f"tp{self.tensor}"] if self.tensor > 1 else []), f"dp{self.data}"]
         words += [word for word in ("sequence", "resident", "compiled") if getattr(self, word)]
         words += [f"persist_{self.persistence}"] if self.persistence is not None else []
@@ -90,10 +98,12 @@ def tiny_config(
     scope: str = "encoder",
     modality: str = "vision",
     teacher_sees: str = "full",
+    norms: str = "own",
 ) -> Config:
     """Two narrow blocks; layer scale 0.5 and Adam's eps 1e-6, so that gradients are not lost in rounding. Speech: its
     recipe's norms, targets and loss, copied positions, and three blocks with layer drop. Text: the same, a copied norm,
-    and a vocabulary that no number of ranks divides."""
+    and a vocabulary that no number of ranks divides. Joint: the three of them on two blocks without layer drop, vision
+    with a front end of the teacher's own; `norms` is joint.norms."""
     config = Config(
         model=ModelConfig(width=24, depth=2, heads=4, layer_scale=0.5, head_layers=1),
         vision=VisionConfig(image_size=PIXELS, patch_size=PATCH),
@@ -103,6 +113,8 @@ def tiny_config(
         data=DataConfig(micro_batch=MicroBatchConfig(samples=SAMPLES)),
         train=TrainConfig(micro_batches_per_step=micro_batches, steps=steps),
     )
+    if modality == "joint":
+        return _as_joint(config, norms)
     if modality == "text":
         return _as_text(config, teacher_sees)
     return config if modality == "vision" else _as_speech(config)
@@ -161,6 +173,38 @@ def _as_text(config: Config, teacher_sees: str) -> Config:
     )
 
 
+def _as_joint(config: Config, norms: str) -> Config:
+    parts = {}
+    for name, alone in (("vision", config), ("speech", _as_speech(config)), ("text", _as_text(config, "full"))):
+        copied = alone.teacher.copied if norms == "own" or name != "text" else ()  # shared ones are pre-norm
+        parts[name] = JointPartConfig(
+            weight=1.0,
+            loss_weight=LOSS_WEIGHTS[name],
+            norm=alone.model.norm,
+            layer_scale=alone.model.layer_scale,
+            relative_bias=alone.model.relative_bias,
+            head_layers=alone.model.head_layers,
+            scope="model" if name == "vision" else "encoder",
+            copied=copied,
+            targets=alone.targets,
+            loss=alone.loss,
+            micro_batch=MicroBatchConfig(samples=SAMPLES),
+        )
+    return replace(
+        config,
+        modality="joint",
+        speech=_as_speech(config).speech,
+        text=_as_text(config, "full").text,
+        optimizer=replace(config.optimizer, clip=3.0),  # some steps are clipped, some are not
+        joint=JointConfig(norms=norms, **parts),
+    )
+
+
+def modality_in(config: Config, step: int) -> str:
+    """Whose step it is."""
+    return TURNS[step % len(TURNS)] if config.modality == "joint" else config.modality
+
+
 def kept_in(config: Config, step: int) -> tuple[int, ...] | None:
     """Blocks of the student that run in a step, as the trainer draws them."""
     return kept_blocks(config.train.seed, step, depth=config.model.depth, rate=config.model.layer_drop)
@@ -174,8 +218,8 @@ def micro_batch(step: int, m: int, modality: str = "vision", teacher_sees: str =
 
 
 def micro_batch_of(config: Config, step: int, m: int) -> Batch:
-    """`micro_batch` of the configuration's modality."""
-    return micro_batch(step, m, config.modality, config.text.teacher_sees)
+    """`micro_batch` of the step's modality."""
+    return micro_batch(step, m, modality_in(config, step), config.text.teacher_sees)
 
 
 def _tokens(step: int, m: int, teacher_sees: str) -> Batch:
@@ -264,9 +308,9 @@ def plain_run(
 ) -> dict[str, Any]:
     """Step-1 gradients (before clipping), loss and gradient norm per step, final student and teacher; float64.
 
-    `prepare` is called before each step. What a step does not use (blocks that layer drop leaves out) has a gradient of
-    zeros: moments decay and weight decay goes on. One thread: the tensors have hundreds of
-    elements, and threads would only wait for each other.
+    `prepare` is called before each step. What a step does not use (blocks that layer drop leaves out, parts of other
+    modalities) has a gradient of zeros: moments decay and weight decay goes on. One thread: the tensors have hundreds
+    of elements, and threads would only wait for each other.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -279,6 +323,10 @@ def plain_run(
     adamw = torch.optim.AdamW(student.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    copied = tuple(f"encoder.{part}." for part in config.teacher.copied)
+    if config.modality == "joint":
+        own = {name: getattr(config.joint, name).copied for name in LOSS_WEIGHTS}
+        copied = tuple(f"encoder.parts.{name}.{part}." for name, parts in own.items() for part in parts)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         prepare(student, step)
@@ -288,7 +336,7 @@ def plain_run(
         total = 0.0
         for batch in batches:
             loss = _forward_double(student, batch, teacher, run) / count
-            loss.backward()
+            (loss * (LOSS_WEIGHTS[batch.modality] if config.modality == "joint" else 1.0)).backward()
             total += float(loss.detach())
         if step == 0:
             gradients = {n: p.grad.clone() for n, p in student.named_parameters()}
@@ -300,7 +348,7 @@ def plain_run(
         decay = decay_at(step + 1, start=t.decay_start, end=t.decay_end, steps=t.decay_steps)
         with torch.no_grad():
             for name, parameter in student.named_parameters():
-                if name.startswith(tuple(f"encoder.{part}." for part in t.copied)):
+                if name.startswith(copied):
                     names[name].copy_(parameter)
                 elif name in names:
                     names[name].mul_(decay).add_(parameter, alpha=1 - decay)
@@ -316,6 +364,10 @@ def plain_run(
 
 def _forward_double(student: Any, batch: Batch, teacher: Any, run: Any = None) -> torch.Tensor:
     """The objective in float64 throughout: the model's own forward casts targets and loss to float32."""
+    encode, encode_clean = student.encoder, teacher.encoder
+    if hasattr(student, "parts"):
+        encode, encode_clean = partial(encode, part=batch.modality), partial(encode_clean, part=batch.modality)
+        student, teacher = student.parts[batch.modality], teacher.parts[batch.modality]
     functional, mask_bt, prefix = torch.nn.functional, batch.mask_bmt[:, 0], student.prefix_tokens
     padding_bt, spec = batch.padding_bt, student.spec
     inputs = {"vision": (batch.inputs.double() / 255 - 0.5) / 0.5, "speech": batch.inputs.double()}
@@ -326,7 +378,7 @@ def _forward_double(student: Any, batch: Batch, teacher: Any, run: Any = None) -
     with torch.no_grad():
         if teacher.front_end is not None:
             clean = teacher.front_end(inputs, None)[1]
-        _, layers = teacher.encoder(clean.detach(), unseen_bt, last=spec.layers, tensor=spec.tensor)
+        _, layers = encode_clean(clean.detach(), unseen_bt, last=spec.layers, tensor=spec.tensor)
         if batch.modality == "speech":  # over time, padding included
             layers = [(x - x.mean(1, True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt() for x in layers]
         if batch.modality == "text":
@@ -334,7 +386,7 @@ def _forward_double(student: Any, batch: Batch, teacher: Any, run: Any = None) -
         targets = sum(layer[:, prefix:] for layer in layers) / len(layers)
         if batch.modality == "vision":
             targets = functional.layer_norm(targets, targets.shape[-1:], eps=1e-5)
-    predictions = student.head(student.encoder(masked, padding_bt, run=run)[0][:, prefix:][mask_bt])
+    predictions = student.head(encode(masked, padding_bt, run=run)[0][:, prefix:][mask_bt])
     if batch.modality == "text":
         return functional.smooth_l1_loss(predictions, targets[mask_bt], beta=4.0, reduction="sum")
     if batch.modality == "speech":
