@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def load_config(*sources: str, **overrides: Any) -> Config:
     """The Config of recipes or YAML files in order, with `section__key=value` overrides (Python API, tests)."""
     arguments = [part for source in sources for part in ("--config", source)]
     for name, value in overrides.items():
-        arguments += [f"--{name.replace('__', '.')}", yaml.safe_dump(value, default_flow_style=True).split("\n")[0]]
+        text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
+        arguments += [f"--{name.replace('__', '.')}", text]
     return parse_command_line([*arguments, "--deepspeed", "unused"]).config
 
 

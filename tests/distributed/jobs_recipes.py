@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megad2v.config.parts import JOINT, modalities, of_modality
 from megad2v.config.schema import Config
 
 PATCHES_A_SIDE = 4
@@ -40,29 +41,40 @@ SPLIT = {"text_large": {"parallel__tensor": 2, "parallel__sequence": True}}
 
 
 def small(recipe: str, ranks: int, shards: dict[str, str], output: str) -> Config:
-    """The recipe, everything but its size: 4 channels a head, as many blocks as are averaged, batches of 2. Warm-up,
-    whose first learning rate would move no weight, is left out."""
+    """The recipe, everything but its size: 4 channels a head, as many blocks as are averaged, batches of 2; one step,
+    or as many as give every modality of a joint recipe one. Warm-up, whose first learning rate would move no weight, is
+    left out."""
     from megad2v.config.load import load_config
+    from megad2v.data.turns import training_turns
 
     config = load_config(recipe)
+    alone = [of_modality(config, modality) for modality in modalities(config)]
+    budget = {"samples": 2, "seconds": None, "tokens": None}
+    joint = config.modality == JOINT
+    budgets = {f"joint__{one.modality}__micro_batch": budget for one in alone}
     return load_config(
         recipe,
         model__width=4 * config.model.heads,
-        model__depth=config.targets.layers,
+        model__depth=max(one.targets.layers for one in alone),
         schedule__warmup_steps=0,
-        data__shards=shards[config.modality],
-        data__micro_batch={"samples": 2, "seconds": None, "tokens": None},
+        data__shards={one.modality: shards[one.modality] for one in alone} if joint else shards[config.modality],
         data__workers=0,
-        train__steps=1,
+        train__steps=training_turns(config).until_all(),
         train__micro_batches_per_step=ranks,
         train__init=None,
         train__init_teacher="teacher",
         train__log_every=1,
         train__tensorboard=False,
         train__output_dir=output,
-        **SMALL[config.modality](config),
+        **(budgets if joint else {"data__micro_batch": budget}),
+        **{_key(key, joint): value for one in alone for key, value in SMALL[one.modality](one).items()},
         **SPLIT.get(recipe, {"parallel__tensor": min(config.parallel.tensor, ranks)}),
     )
+
+
+def _key(key: str, joint: bool) -> str:
+    """Masks are the modality's own in a joint recipe; of images alone anything is set here."""
+    return f"joint__vision__{key}" if joint and key.startswith("mask__") else key
 
 
 def one_update(arguments: dict[str, Any], output: Path) -> dict[str, Any]:
