@@ -1,6 +1,6 @@
-"""What `--to hf` costs: the time of the whole command, and how far the peak of its memory lies above its imports.
+"""What `--to hf`, fairseq or beit costs: the time of the whole command, and the peak of its memory above its imports.
 
-    python benchmarks/convert.py [--recipes vision_base speech_base text_base vision_large text_large] [--output FILE]
+    python benchmarks/convert.py [--to hf] [--recipes vision_base speech_base ...] [--output FILE]
 
 Checkpoints of random weights as 64 ZeRO-3 ranks leave them, student and teacher, without Adam's moments. Time: `python
 tools/convert_checkpoint.py` in a new process, imports included. Memory: another process exports a model of one narrow
@@ -49,24 +49,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--weights", default="student", choices=("student", "teacher"))
+    parser.add_argument("--to", default="hf", choices=("hf", "fairseq", "beit"))
     parser.add_argument("--folder", type=Path, help="for the checkpoints (default: the system's for temporary files)")
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--output", type=Path, help="append JSON lines")
     parser.add_argument("--memory-of", nargs=3, type=Path, metavar=("SMALL", "RUN", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        print(json.dumps(memory(*arguments.memory_of, weights=arguments.weights)))
+        print(json.dumps(memory(*arguments.memory_of, to=arguments.to, weights=arguments.weights)))
         return
     for recipe in arguments.recipes:
         with tempfile.TemporaryDirectory(prefix="convert_benchmark_", dir=arguments.folder) as folder:
-            row = {**measure(recipe, Path(folder), arguments.weights), "note": arguments.note}
+            row = {**measure(recipe, Path(folder), arguments.to, arguments.weights), "note": arguments.note}
         print(json.dumps(row, indent=1), flush=True)
         if arguments.output:
             with arguments.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
 
-def measure(recipe: str, folder: Path, weights: str) -> dict[str, Any]:
+def measure(recipe: str, folder: Path, to: str, weights: str) -> dict[str, Any]:
     """One line of the record."""
     config, tokenizer = configured(recipe, folder)
     heads = config.speech.position_groups if config.modality == "speech" else 4
@@ -75,15 +76,17 @@ def measure(recipe: str, folder: Path, weights: str) -> dict[str, Any]:
     write(folder / "run", config, tokenizer)
     write(folder / "small", small, tokenizer)
     start, spent = time.perf_counter(), _cpu_seconds()
-    command = ["--checkpoint", folder / "run", "--to", "hf", "--weights", weights, "--output", folder / "out"]
+    how = ("--to", to, "--weights", weights)
+    command = ["--checkpoint", folder / "run", *how, "--output", folder / "out"]
     run(REPOSITORY / "tools" / "convert_checkpoint.py", *command)
     seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - spent
     sizes = {name: 4 * p.numel() for name, p in parameter_shapes(config).items()}
     parity = json.loads((folder / "out" / "parity.json").read_text())
-    said = run(__file__, "--memory-of", folder / "small", folder / "run", folder / "again", "--weights", weights)
+    said = run(__file__, "--memory-of", folder / "small", folder / "run", folder / "again", *how)
     largest = max(sizes, key=sizes.__getitem__)
     return {
         "recipe": recipe,
+        "to": to,
         "weights": weights,
         "parameters": sum(sizes.values()) // 4,
         "model_mb": sum(sizes.values()) / 1e6,
@@ -111,12 +114,12 @@ def run(program: Path | str, *arguments: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def memory(small: Path, checkpoint: Path, output: Path, *, weights: str) -> dict[str, float]:
+def memory(small: Path, checkpoint: Path, output: Path, *, to: str, weights: str) -> dict[str, float]:
     """MB resident with everything imported, and the peak above that while `checkpoint` is exported."""
     from tools.convert_checkpoint import main as convert
 
     def export(run: Path, where: Path) -> None:
-        assert convert(["--checkpoint", str(run), "--to", "hf", "--weights", weights, "--output", str(where)]) == 0
+        assert convert(["--checkpoint", str(run), "--to", to, "--weights", weights, "--output", str(where)]) == 0
 
     export(small, output.with_name("small_out"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident

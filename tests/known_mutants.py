@@ -1073,8 +1073,8 @@ MUTANTS = (
     Mutant(
         "the exported teacher is the student",
         "megad2v/convert/fairseq.py",
-        "ema = {**model, **keys.to_fairseq(teacher, config)}",
-        "ema = model",
+        "if name not in average}, **average}",
+        "}}",
         f"{FOREIGN}::test_fairseq_there_and_back",
     ),
     Mutant(

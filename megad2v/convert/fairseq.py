@@ -26,7 +26,15 @@ from megad2v.convert.fairseq_run import run_fairseq
 from megad2v.convert.foreign import differing, parameter_shapes
 from megad2v.convert.hf import CERTIFICATE, check_output, written_aside
 from megad2v.convert.incoming import BEIT_EPS, FAIRSEQ, INCEPTION, Incoming, read_beit, read_fairseq
-from megad2v.convert.load import Weights, checkpoint_config, load_encoder, load_tokenizer, named_as_in_the_run
+from megad2v.convert.load import (
+    Weights,
+    checkpoint_config,
+    load_encoder,
+    load_tokenizer,
+    named_as_in_the_run,
+    open_encoder,
+)
+from megad2v.convert.streamed import stream_weights
 from megad2v.convert.torch_file import write_torch_file
 from megad2v.errors import UserError
 from megad2v.modalities.build import HUGGING_FACE
@@ -54,17 +62,10 @@ def export_fairseq(
         keys.check(config)
     student, teacher = _parameters(checkpoint, config, weights)
     tokenizer = load_tokenizer(checkpoint)
-    model = {**keys.to_fairseq(student, config), **keys.unused(config)}
-    prefix = keys.averaged(config)
-    ema = {**model, **keys.to_fairseq(teacher, config)}
-    state: dict[str, Any] = {
-        **model,
-        # Copies: the file would keep one tensor for both, and fairseq averages in place.
-        keys.EMA: {n.removeprefix(prefix): value.clone() for n, value in ema.items() if n.startswith(prefix)},
-    }
     with written_aside(output) as aside:
-        content = fairseq_file(config, state, checkpoint.index.step)
-        write_torch_file(aside / FILE, content)
+        state = fairseq_state(config, student, teacher)
+        write_torch_file(aside / FILE, fairseq_file(config, state, checkpoint.index.step))
+        del state
         if config.modality == "text":
             (aside / DICTIONARY).write_text(dictionary(config), encoding="utf-8")
             if tokenizer is not None:
@@ -72,13 +73,23 @@ def export_fairseq(
         found = read_fairseq(aside / FILE)
         parity = {
             **_certified(checkpoint, found, student, teacher, weights),
-            "fairseq": run_fairseq(aside / FILE, load_encoder(checkpoint, weights), config),
+            "fairseq": run_fairseq(aside / FILE, stream_weights(*open_encoder(checkpoint, weights)), config),
             "weights": weights,
             "step": checkpoint.index.step,
             "sha256": {FILE: sha256_of(aside / FILE)},
         }
         (aside / CERTIFICATE).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
     return parity
+
+
+def fairseq_state(config: Config, student: Tensors, teacher: Tensors) -> dict[str, Any]:
+    """fairseq's state dict of both, the teacher as a dict within it."""
+    keys = FAIRSEQ[config.modality]
+    model, average = {**keys.to_fairseq(student, config), **keys.unused(config)}, keys.to_fairseq(teacher, config)
+    # Copies of what the student lends: the file would keep one tensor for both, and fairseq averages in place.
+    ema = {**{name: value.clone() for name, value in model.items() if name not in average}, **average}
+    prefix = keys.averaged(config)
+    return {**model, keys.EMA: {n.removeprefix(prefix): value for n, value in ema.items() if n.startswith(prefix)}}
 
 
 def fairseq_file(config: Config, state: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -137,9 +148,10 @@ def _certified(
     config = checkpoint_config(checkpoint)
     example = HUGGING_FACE[config.modality].example(config, torch.Generator().manual_seed(SEED))
     with torch.no_grad():
-        parity = compare_layers(load_encoder(checkpoint, weights), found.forward, example, "the exported model")
+        ours = stream_weights(*open_encoder(checkpoint, weights))
+        parity = compare_layers(ours, found.forward, example, "the exported model")
         assert found.teacher_forward is not None  # its parameters came back
-        average = load_encoder(checkpoint, "teacher")
+        average = stream_weights(*open_encoder(checkpoint, "teacher"))
         parity["teacher"] = compare_layers(average, found.teacher_forward, example, "the exported teacher")
     return {**parity, "round_trip": {"tensors": len(student) + len(teacher), "differing": 0}, "versions": versions()}
 
@@ -177,7 +189,7 @@ def export_beit(
     student, teacher = _parameters(checkpoint, config, weights)
     depth, layers = config.model.depth, config.targets.layers
     head = {name: value.clone() for name, value in student.items() if name.startswith("head.")}
-    content = {
+    content: dict[str, Any] = {
         "model": to_beit(student, config),
         # Its average has a head, which nobody calls: here the student's.
         "model_ema": to_beit({**teacher, **head}, config),
@@ -194,6 +206,7 @@ def export_beit(
     }
     with written_aside(output) as aside:
         write_torch_file(aside / BEIT_FILE, content)
+        del content
         parity = {
             **_certified(checkpoint, read_beit(aside / BEIT_FILE), student, teacher, weights),
             "weights": weights,

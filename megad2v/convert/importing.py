@@ -27,7 +27,8 @@ from megad2v.convert.foreign import BUFFERS, differing
 from megad2v.convert.hf import CERTIFICATE, check_output, written_aside
 from megad2v.convert.hf_incoming import read_hugging_face
 from megad2v.convert.incoming import Incoming, read_beit, read_fairseq
-from megad2v.convert.load import load_encoder
+from megad2v.convert.load import open_encoder
+from megad2v.convert.streamed import stream_weights
 from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.errors import UserError
 from megad2v.modalities.build import HUGGING_FACE, build_student, build_teacher
@@ -155,10 +156,10 @@ def certify_import(checkpoint: Checkpoint, found: Incoming) -> dict[str, Any]:
         masks = ("bool_masked_pos", "mask_time_indices")
         arguments = {name: value for name, value in example.arguments.items() if name not in masks}
         example = example._replace(mask_bt=None, arguments=arguments, description=f"{example.description}; no mask")
-    student = load_encoder(checkpoint, "student")
+    student = stream_weights(*open_encoder(checkpoint, "student"))
     parity = _compared(student, found.forward, example, found.program, found.rounded)
     if found.teacher_forward is not None:
-        teacher = load_encoder(checkpoint, "teacher")
+        teacher = stream_weights(*open_encoder(checkpoint, "teacher"))
         parity["teacher"] = _compared(
             teacher, found.teacher_forward, example, f"the teacher in {found.program}", found.rounded
         )

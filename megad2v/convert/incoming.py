@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -69,11 +69,31 @@ class Incoming:
     """Whether some of `student` are sums of what the file holds, rounded to float32."""
 
 
+class _Cast(Mapping[str, Tensor]):
+    """A state dict in `dtype`, a tensor at a time as it is asked for: no second model in memory."""
+
+    def __init__(self, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._state, self._dtype = state, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._state[name]
+        return value.to(self._dtype) if value.is_floating_point() else value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._state
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
 def plain_forward(modality: str, state: Mapping[str, Tensor], shape: plain.Shape) -> Theirs:
     """fairseq's hidden states from its state dict (see convert/plain.py)."""
 
     def run(example: Example, dtype: torch.dtype) -> list[Tensor]:
-        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        cast = _Cast(state, dtype)
         if modality == "speech":
             return plain.speech(cast, shape, example.inputs, example.mask_bt, example.padding_bt)
         if modality == "text":

@@ -41,7 +41,6 @@ SMALL: dict[str, Config] = {
     ),
     "vision": small_config(mlp_ratio=4.0),
 }
-BASE = ("speech_base", "text_base_fairseq", "vision_base_d2v1", "vision_base")
 
 
 def base(recipe: str) -> Config:
