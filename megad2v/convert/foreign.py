@@ -41,8 +41,8 @@ _KEY_BIASES = (".attention.self.key.bias", ".k_proj.bias")
 
 
 def with_key_biases(config: Config, state: Mapping[str, Tensor]) -> Config:
-    """`config`, with model.qkv_bias no_key where the keys in `state` have biases, and all of them are zero: what our
-    exports write for models without (joint runs), and what training would have moved."""
+    """`config`, with model.qkv_bias no_key where the keys in `state` have biases, and all of them are zero: so our
+    exports write models that have none."""
     biases = [value for name, value in state.items() if name.endswith(_KEY_BIASES)]
     if not biases or any(value.any() for value in biases):
         return config
