@@ -332,6 +332,7 @@ def test_pieces_are_used_again_when_nobody_refers_to_them(
     reference: list[list[Batch]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megad2v.data.parcel.INLINE_BYTES", 0)
+    monkeypatch.setattr("megad2v.data.parcel.GRAIN_BYTES", 1)
     first, second = reference[0][0], reference[0][1]
     large = replace(first, inputs=first.inputs.repeat(3, 1, 1, 1))
     shelf = Shelf(2, 2)
