@@ -129,8 +129,6 @@ MUTANTS = (
         "megad2v/models/data2vec.py",
         "    @torch.no_grad()\n",
         "",
-        "    @torch.no_grad()\n    def forward(self, inputs: Tensor, clean_btd: Tensor, padding_bt: Tensor | None =",
-        "    def forward(self, inputs: Tensor, clean_btd: Tensor, padding_bt: Tensor | None =",
         f"{DATA2VEC}::test_no_gradient_through_the_targets",
     ),
     Mutant(
