@@ -609,7 +609,7 @@ MUTANTS = (
         "megad2v/training/state.py",
         "    return then != now",
         "    return False",
-        "tests/cli/test_text.py::test_another_tokenizer",
+        "tests/cli/test_text_checkpoints.py::test_another_tokenizer",
     ),
     Mutant(
         "the last part of a vocabulary is shorter",
