@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from megad2v.checkpoint.catalog import steps_present
 from megad2v.checkpoint.reader import Checkpoint
+from tests.cli.live_run import LiveRun, last_step
 from tests.distributed.harness import REPOSITORY, run_command
+from tests.tolerances import CURVE
 
 MODALITIES = ("vision", "speech", "text")
 CORPORA = {"vision": "image", "speech": "speech", "text": "text"}
@@ -48,18 +52,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """(run directory, what the command said)"""
-    run = tmp_path_factory.mktemp("run") / "joint"
+def flags(shards: Path, run: Path, layout: str) -> list[str]:
+    """Of launch/pretrain.py, but for what differs between the runs."""
     patterns = [
         f"--data.{key}={json.dumps({modality: str(shards / corpus / part) for modality, corpus in CORPORA.items()})}"
         for key, part in (("shards", "train"), ("valid", "valid"))
     ]
+    words = ["--deepspeed", f"ds_configs/{layout}.json", "--config", "joint_tiny", *SMALL, *patterns]
+    words += ["--train.steps", str(STEPS), "--train.eval_every", "12", "--data.trace", "true"]
+    return [*words, "--train.tensorboard", "false", "--train.output_dir", str(run)]
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """(run directory, what the command said)"""
+    run = tmp_path_factory.mktemp("run") / "joint"
     command = ["deepspeed", "--num_gpus", "2", "--master_port", "27431", "launch/pretrain.py"]
-    command += ["--deepspeed", "ds_configs/zero3.json", "--config", "joint_tiny", *SMALL, *patterns]
-    command += ["--train.steps", str(STEPS), "--train.log_every", str(LOG_EVERY), "--train.eval_every", "12"]
-    command += ["--data.trace", "true", "--train.tensorboard", "false", "--train.output_dir", str(run)]
+    command += [*flags(shards, run, "zero3"), "--train.log_every", str(LOG_EVERY)]
     return run, run_command(command, timeout=280, cwd=REPOSITORY, ranks=2)
 
 
@@ -126,3 +135,36 @@ def test_a_checkpoint_remembers_each_modality(finished: tuple[Path, subprocess.C
     for key in ("taken_losses", "taken_norms"):
         assert {modality: len(values) for modality, values in progress[key].items()} == progress["modality_updates"]
     assert "image decoder" in index.code and "audio decoder" in index.code
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_and_resumed_on_another_layout(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], shards: Path, tmp_path: Path
+) -> None:
+    """In the middle of everybody's epoch: one process under ZeRO-1 to its end by kill -9, then two tensor-parallel ones
+    under ZeRO-3. What was consumed, trained and validated is that of two data-parallel ones that ran through."""
+    run, often = tmp_path / "run", ["--train.log_every", "1", "--train.save_every", "3"]
+    with LiveRun([*flags(shards, run, "zero1"), *often], ranks=1, logs=tmp_path / "log1") as live:
+        live.wait_for_step(8, 150)
+        live.signal(0, signal.SIGKILL)
+        assert live.wait(30) == [-signal.SIGKILL]
+    assert max(steps_present(run)) < last_step(run) < STEPS, "to be killed between two checkpoints, on its way"
+    words = [*flags(shards, run, "zero3"), *often, "--parallel.tensor", "2"]
+    with LiveRun(words, ranks=2, logs=tmp_path / "log2") as live:
+        assert live.wait(300) == [0, 0], live.log()
+    expected, found = (
+        sorted((line["step"], line["micro_batch"], line["modality"], line["samples"], line["hashes"]) for line in lines)
+        for lines in (
+            [line for path in (one / "trace").glob("rank*.jsonl") for line in lines_of(path)]
+            for one in (finished[0], run)
+        )
+    )
+    assert found == expected and len(found) == 2 * STEPS
+    for kind in ("loss", "valid_loss"):
+        expected_curve, curve = (
+            {(line["step"], line["modality"]): line[kind] for line in lines_of(one / "metrics.jsonl") if kind in line}
+            for one in (finished[0], run)
+        )
+        assert len(expected_curve) > 5 or kind == "valid_loss"
+        assert {key: curve[key] for key in expected_curve} == pytest.approx(expected_curve, rel=CURVE)
