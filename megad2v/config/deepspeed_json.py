@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megad2v.config.parts import JOINT
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
 
@@ -137,7 +138,8 @@ def fill_deepspeed(ds: dict[str, Any], config: Config, *, precision: str, data_p
     refuse_unsupported(ds)
     filled = copy.deepcopy(ds)
     accumulation = config.train.micro_batches_per_step // data_parallel
-    samples = config.data.micro_batch.samples or 1
+    # What DeepSpeed counts samples by, for nobody: modalities and lengths take turns in joint runs, and budgets with them.
+    samples = 1 if config.modality == JOINT else config.data.micro_batch.samples or 1
     decided: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (samples, "data.micro_batch"),
         "gradient_accumulation_steps": (accumulation, "train.micro_batches_per_step / data-parallel size"),

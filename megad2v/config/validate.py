@@ -7,7 +7,16 @@ import math
 import re
 from typing import Any
 
-from megad2v.config.parts import JOINT, MODALITIES, joint_key, modalities, of_modality
+from megad2v.config.parts import (
+    JOINT,
+    MODALITIES,
+    NORM_KEYS,
+    PART_KEYS,
+    PART_SECTIONS,
+    joint_key,
+    modalities,
+    of_modality,
+)
 from megad2v.config.schema import Config
 from megad2v.errors import UserError
 
@@ -77,6 +86,8 @@ def _joint(config: Config) -> list[str]:
         problems.append("data.mix: joint runs read one set of shards for each modality (data.shards); set it null")
     for key in ("shards", "valid"):
         value = getattr(config.data, key)
+        if value is not None and (unknown := sorted(set(value) - set(MODALITIES))) and not isinstance(value, str):
+            problems.append(f"data.{key}: {unknown[0]} is no modality; expected vision, speech and text")
         if isinstance(value, str):
             problems.append(
                 f"data.{key}: a joint run needs a map modality: pattern, such as {{{names[0]}: {value}}}, got {value}"
@@ -86,6 +97,23 @@ def _joint(config: Config) -> list[str]:
                 f"data.{key}: names no shards of {missing[0]}; give them, or set joint.{missing[0]}.weight 0 to leave "
                 "the modality out"
             )
+    return problems + _unread(config)
+
+
+def _unread(config: Config) -> list[str]:
+    """Settings that a joint run would pass over, since each modality has its own."""
+    problems, usual = [], Config()
+    keys = [(section, section) for section in PART_SECTIONS]
+    keys += [(f"{section}.{key}", key) for section, names in PART_KEYS.items() for key in names if key != "norm"]
+    for key, own in keys:
+        section, _, leaf = key.partition(".")
+        if own in NORM_KEYS and config.joint.norms == "shared":
+            continue
+        values = [getattr(tree, section) for tree in (config, usual)]
+        if leaf:
+            values = [getattr(value, leaf) for value in values]
+        if values[0] != values[1]:
+            problems.append(f"{key}: in a joint run each modality has its own; set joint.vision.{own} and the others'")
     return problems
 
 

@@ -52,6 +52,9 @@ def _tokenizer_folder(config: Config, folders: list[Path]) -> Path:
     for folder in beside:
         if folder.is_dir():
             return folder
+    info = read_dataset(folders[0])
+    if info is not None and "text" not in info.modalities:
+        raise UserError(f"data.shards: expected shards of text, {folders[0]} holds {' and '.join(info.modalities)}")
     raise UserError(f"text.tokenizer: not given, and {beside[0]} is not there; name the tokenizer that made the shards")
 
 

@@ -81,13 +81,15 @@ def compile_each_block(module: nn.Module, backend: str = "inductor") -> None:
     """One graph per block. The forward is replaced, not the module: DeepSpeed gathers in hooks around a block, which is
     a leaf module, and `block.compile()` would break the graph at each of them."""
     blocks = [block for block in module.modules() if isinstance(block, Block)]
-    # All blocks share one function, and a graph is made for every rate of drop path, training and evaluation, and a few
-    # batch sizes. torch counts them per function; beyond its limit (8) a full graph is refused: in the middle of a run.
+    # All blocks share one function, and a graph is made for every rate of drop path, modality, training and evaluation,
+    # with padding or without, and a few batch sizes. torch counts them per function; beyond its limit (8) a full graph
+    # is refused: in the middle of a run. Counted: 17 for one rate and three modalities, 34 for two rates.
     settings = torch._dynamo.config
     name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
-    setattr(settings, name, max(getattr(settings, name), 8 + 4 * len(blocks)))
+    limit = 8 + 8 * len(blocks) * max(1, len(getattr(module, "parts", ())))
+    setattr(settings, name, max(getattr(settings, name), limit))
     name = f"accumulated_{name}"
-    setattr(settings, name, max(getattr(settings, name), 16 * (8 + 4 * len(blocks))))
+    setattr(settings, name, max(getattr(settings, name), 16 * limit))
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -25,9 +25,9 @@ class SampleFlops:
 class Throughput:
     """Collects global counts and local times; reading starts a new interval."""
 
-    def __init__(self, *, flops: Mapping[str, Callable[[int, int, int], float]], peak_flops: float | None) -> None:
-        """`flops` of (samples, positions, squares), by modality; `peak_flops` of all ranks together, None where the
-        device's is unknown."""
+    def __init__(self, *, flops: Callable[[int, int, int], float], peak_flops: float | None) -> None:
+        """`flops` of (samples, positions, squares); `peak_flops` of all ranks together, None where the device's is
+        unknown."""
         self._flops, self._peak = flops, peak_flops
         self._clear()
 
@@ -35,20 +35,17 @@ class Throughput:
         self._steps, self._positions = 0, 0
         self._done, self._seconds, self._data = 0.0, 0.0, 0.0
 
-    def add(
-        self, modality: str, samples: int, positions: int, squares: int, *, step_seconds: float, data_seconds: float
-    ) -> None:
-        """One step of a modality: samples over all ranks, their positions and the sum of each one's positions squared;
-        wall-clock seconds, and how much of them was waiting for data."""
+    def add(self, samples: int, positions: int, squares: int, *, step_seconds: float, data_seconds: float) -> None:
+        """One step: samples over all ranks, their positions and the sum of each one's positions squared; wall-clock
+        seconds, and how much of them was waiting for data."""
         self._steps += 1
         self._positions += positions
-        self._done += self._flops[modality](samples, positions, squares)
+        self._done += self._flops(samples, positions, squares)
         self._seconds += step_seconds
         self._data += data_seconds
 
     def read(self) -> dict[str, float | None]:
-        """Means over the interval, whatever modalities it had: `step_seconds`, `data_seconds`, `tokens_per_second`,
-        `mfu` (None if unknown)."""
+        """Means over the interval: `step_seconds`, `data_seconds`, `tokens_per_second`, `mfu` (None if unknown)."""
         steps, seconds = max(1, self._steps), max(1e-9, self._seconds)
         values = {
             "step_seconds": self._seconds / steps,

@@ -54,7 +54,8 @@ class Run:
     loader: TrainingLoader
     valid: Mapping[str, FiniteBatches]
     """By modality, in the same order on every rank; empty without data.valid."""
-    throughput: Throughput
+    throughput: Mapping[str, Throughput]
+    """By modality, whose steps cost and take otherwise than those of another."""
     records: RunRecords
     guard: Guard
     logger: MetricsLogger | None
@@ -147,8 +148,7 @@ def train(run: Run) -> None:
         progress.skipped += not taken
         run.records.consumed(progress.step, batches)
         _count_samples(run, counts)
-        run.throughput.add(
-            modality,
+        run.throughput[modality].add(
             counts.samples,
             counts.positions,
             counts.squares,
@@ -287,7 +287,7 @@ def _log(
     bits: the sum goes over all ranks, so each micro-batch is in it as often as there are tensor-parallel ranks.
     """
     sum_over(run.world.all, statistics.sums).div_(run.world.tensor.size)
-    speed = run.throughput.read()
+    speed = run.throughput[modality].read()
     progress = run.progress
     read = statistics.read() if run.logger is not None or on_all else {}
     if run.logger is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from megad2v.config.deepspeed_json import fill_deepspeed, zero_stage
 from megad2v.config.load import to_yaml
 from megad2v.config.parts import JOINT, joint_key, modalities, of_modality
 from megad2v.config.schema import Config
+from megad2v.config.tree import config_from_dict
 from megad2v.data.format import TOKENIZER_FOLDER
 from megad2v.data.loader import FiniteBatches, TrainingLoader, validation_batches
 from megad2v.engine.distributed import (
@@ -120,10 +121,12 @@ def set_up(
         teacher=ShardedTeacher(engine, copied=copied_prefixes(config)),
         loader=loader,
         valid=valid,
-        throughput=Throughput(
-            flops={modality: _sample_flops(of_modality(config, modality)) for modality in modalities(config)},
-            peak_flops=peak * world.size if peak else None,
-        ),
+        throughput={
+            modality: Throughput(
+                flops=_sample_flops(of_modality(config, modality)), peak_flops=peak * world.size if peak else None
+            )
+            for modality in modalities(config)
+        },
         records=RunRecords(directory, world, trace=config.data.trace, resumed_at=start, joint=config.modality == JOINT),
         guard=Guard(engine, world, watch, limit=config.train.hang_timeout),
         background=_background(config, watch),
@@ -310,9 +313,10 @@ def _same_start(config: Config, directory: Path) -> list[int]:
     now = json.loads(json.dumps(asdict(config)))
     for step in steps_present(directory):
         with contextlib.suppress(UserError):
-            saved = Index.load(step_directory(directory, step) / INDEX).config
-            same = all(saved.get(key) == value for key, value in now.items() if key != "train")
-            if same and Path(saved["train"]["resume"]).resolve() == asked:
+            # Keys that are newer than the checkpoint have their defaults there.
+            saved = config_from_dict(Index.load(step_directory(directory, step) / INDEX).config)
+            same = json.loads(json.dumps(asdict(replace(saved, train=config.train)))) == now
+            if same and Path(saved.train.resume).resolve() == asked:
                 found.append(step)
     return found
 

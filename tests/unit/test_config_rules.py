@@ -215,6 +215,12 @@ RULES: list[tuple[Config, str]] = [
         broken_joint(data={"valid": {"vision": "x", "text": "y"}}),
         "data.valid: names no shards of speech; give them, or",
     ),
+    (
+        broken_joint(data={"shards": {"image": "x"}}),
+        "data.shards: image is no modality; expected vision, speech and te",
+    ),
+    (broken_joint(mask={"ratio": 0.3}), "mask: in a joint run each modality has its own; set joint.vision.mask and th"),
+    (broken_joint(model={"norm_eps": 0.1}), "model.norm_eps: in a joint run each modality has its own; set joint.vis"),
     # Rules of one modality, by the names that its keys have here.
     (broken_joint({"mask": MaskConfig(ratio=1.0)}), "joint.text.mask.ratio: expected a fraction in [0, 1), got 1.0"),
     (

@@ -94,29 +94,16 @@ def test_throughput_is_a_mean_since_it_was_read() -> None:
     def flops(samples: int, positions: int, squares: int) -> float:
         return 1e6 * samples + 0 * positions + 0 * squares
 
-    meter = Throughput(flops={"vision": flops}, peak_flops=4e7)
-    meter.add("vision", 10, 640, 10 * 64**2, step_seconds=0.5, data_seconds=0.1)
-    meter.add("vision", 20, 1280, 20 * 64**2, step_seconds=1.5, data_seconds=0.3)
+    meter = Throughput(flops=flops, peak_flops=4e7)
+    meter.add(10, 640, 10 * 64**2, step_seconds=0.5, data_seconds=0.1)
+    meter.add(20, 1280, 20 * 64**2, step_seconds=1.5, data_seconds=0.3)
     expected = {"step_seconds": 1.0, "data_seconds": 0.2, "tokens_per_second": 15 * 64, "mfu": 15e6 / 4e7}
     assert meter.read() == pytest.approx(expected)
-    meter.add("vision", 8, 500, 40_000, step_seconds=1.0, data_seconds=0.0)
+    meter.add(8, 500, 40_000, step_seconds=1.0, data_seconds=0.0)
     assert meter.read()["tokens_per_second"] == pytest.approx(500)
-    unknown = Throughput(flops={"vision": flops}, peak_flops=None)
-    unknown.add("vision", 1, 1, 1, step_seconds=1.0, data_seconds=0.0)
+    unknown = Throughput(flops=flops, peak_flops=None)
+    unknown.add(1, 1, 1, step_seconds=1.0, data_seconds=0.0)
     assert unknown.read()["mfu"] is None
-
-
-def test_throughput_of_a_mix_of_modalities() -> None:
-    """Each modality's steps cost what that one costs; time and tokens are the interval's."""
-    meter = Throughput(
-        flops={"vision": lambda samples, positions, squares: 1e6 * samples, "text": lambda *counts: 3.0 * counts[1]},
-        peak_flops=1e7,
-    )
-    meter.add("vision", 4, 400, 40_000, step_seconds=0.5, data_seconds=0.1)
-    meter.add("text", 2, 1_000_000, 10**12, step_seconds=1.0, data_seconds=0.0)
-    meter.add("vision", 6, 600, 60_000, step_seconds=0.5, data_seconds=0.2)
-    expected = {"step_seconds": 2 / 3, "data_seconds": 0.1, "tokens_per_second": 500_500, "mfu": 13e6 / 2 / 1e7}
-    assert meter.read() == pytest.approx(expected)
 
 
 def test_flops_of_any_length_follow_from_three() -> None:
