@@ -138,7 +138,7 @@ def fill_deepspeed(ds: dict[str, Any], config: Config, *, precision: str, data_p
     refuse_unsupported(ds)
     filled = copy.deepcopy(ds)
     accumulation = config.train.micro_batches_per_step // data_parallel
-    # What DeepSpeed counts samples by, for nobody: modalities and lengths take turns in joint runs, and budgets with them.
+    # DeepSpeed counts samples by it, for nobody; joint runs have a budget for each modality.
     samples = 1 if config.modality == JOINT else config.data.micro_batch.samples or 1
     decided: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (samples, "data.micro_batch"),

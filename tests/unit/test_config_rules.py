@@ -217,7 +217,7 @@ RULES: list[tuple[Config, str]] = [
     ),
     (
         broken_joint(data={"shards": {"image": "x"}}),
-        "data.shards: image is no modality; expected vision, speech and te",
+        "data.shards: image is no modality; expected vision, speech and",
     ),
     (broken_joint(mask={"ratio": 0.3}), "mask: in a joint run each modality has its own; set joint.vision.mask and th"),
     (broken_joint(model={"norm_eps": 0.1}), "model.norm_eps: in a joint run each modality has its own; set joint.vis"),

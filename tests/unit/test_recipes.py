@@ -168,7 +168,8 @@ def test_sizes_are_those_of_the_vit_papers(recipe: str, millions: int) -> None:
 def test_every_deepspeed_json_takes_every_recipe(recipe: str, json: Path) -> None:
     """On the smallest layout, and on the largest that its micro-batches allow."""
     config = load_config(recipe)
-    micro_batches, samples = config.train.micro_batches_per_step, config.data.micro_batch.samples or 1
+    joint = config.modality == "joint"  # each modality has a budget of its own
+    micro_batches, samples = config.train.micro_batches_per_step, (not joint and config.data.micro_batch.samples) or 1
     for data_parallel in (1, micro_batches):
         filled = fill_deepspeed(read_deepspeed_json(json), config, precision="bf16", data_parallel=data_parallel)
         assert filled["train_batch_size"] == samples * micro_batches
