@@ -74,6 +74,7 @@ def test_table_and_json(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {path.name for path in tmp_path.iterdir()} == {"probe.json", "again.json"}
 
 
+@pytest.mark.slow  # test_readme.py fine-tunes, too
 def test_fine_tuning(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows and settings as asked for; one colour per class is learned by all; same seed, same numbers."""
     arguments = ["--fine-tune", "--seeds", 2, "--epochs", 4, "--lr", 0.01, "--batch-size", 8]

@@ -30,7 +30,7 @@ LAYOUTS = [
     Layout("zero3", 2, persistence=0, norms="shared", modality="joint"),
     Layout("zero3", 1, 2, sequence=True, persistence=0, modality="joint"),
 ]
-SLOW = ("joint_zero2_dp4_persist_0", "joint_zero3_offload_dp4_persist_0")
+SLOW = tuple(f"joint_{zero}_dp4_persist_0" for zero in ("zero1", "zero2", "zero3_offload"))
 TURNS_COUNTED = [
     *("vision", "vision", "speech", "speech", "speech", "text", "text"),
     *("vision", "text", "valid text", "speech", "valid speech", "vision", "valid text", "text"),

@@ -57,7 +57,10 @@ def exported(config: Config, student: Student, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(one, id=name, marks=[pytest.mark.slow] if name == "large" else []) for name, one in SIZES.items()],
+)
 def test_every_hidden_state_is_theirs(config: Config, tmp_path: Path) -> None:
     """Two waveforms of different lengths, masked; then the first alone, neither padded nor masked."""
     student = perturb_(build_student(config), 5, size=min(0.1, 2.4 / config.model.width))

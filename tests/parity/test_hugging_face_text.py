@@ -67,7 +67,10 @@ def assert_equal(student: Student, model: torch.nn.Module, case: Example) -> Non
         assert (our - their).abs().max() < HUGGING_FACE
 
 
-@pytest.mark.parametrize("config", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(one, id=name, marks=[pytest.mark.slow] if name == "large" else []) for name, one in SIZES.items()],
+)
 def test_every_hidden_state_is_theirs(config: Config, tmp_path: Path) -> None:
     """Two rows of different lengths, one with padding; then the first alone."""
     student = perturb_(build_student(config), 5, size=min(0.1, 2.4 / config.model.width))

@@ -15,6 +15,7 @@ from megad2v.models.initialise import initialise_
 from tests.checkpoints import small_config
 
 
+@pytest.mark.slow
 def test_deep_models_with_a_rate_per_block_and_batches_that_shrink() -> None:
     """Every block has its own rate of drop path, so a graph of its own; dropped samples make smaller batches."""
     config = small_config(depth=10, drop_path=0.25)
