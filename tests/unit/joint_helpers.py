@@ -55,5 +55,8 @@ def joint_config(shards: dict[str, str], weights: dict[str, float] | None = None
     alone, weights = singles(shards), WEIGHTS if weights is None else weights
     parts = {name: part(one, weights.get(name, 0.0)) for name, one in alone.items()}
     base = replace(alone["vision"], modality="joint", speech=alone["speech"].speech, text=alone["text"].text)
-    base = replace(base, joint=JointConfig(**parts))
+    usual = Config()  # of what each modality has for itself
+    base = replace(base, joint=JointConfig(**parts), mask=usual.mask, targets=usual.targets, loss=usual.loss)
+    base = replace(base, model=usual.model, teacher=usual.teacher)
+    data = {"micro_batch": usual.data.micro_batch, "bucket_ratio": usual.data.bucket_ratio, **data}
     return replace(base, data=replace(base.data, **{"shards": shards, **data}))
