@@ -86,7 +86,7 @@ def _joint(config: Config) -> list[str]:
         problems.append("data.mix: joint runs read one set of shards for each modality (data.shards); set it null")
     for key in ("shards", "valid"):
         value = getattr(config.data, key)
-        if value is not None and (unknown := sorted(set(value) - set(MODALITIES))) and not isinstance(value, str):
+        if isinstance(value, dict) and (unknown := sorted(set(value) - set(MODALITIES))):
             problems.append(f"data.{key}: {unknown[0]} is no modality; expected vision, speech and text")
         if isinstance(value, str):
             problems.append(
